@@ -1,0 +1,78 @@
+"""Train a float RepVGG with outlier-aware batch normalisation.
+
+    python recipes/train.py --output_dir outputs/digits
+    python recipes/train.py --dataset_name cifar10 --image_column_name img --image_size 32 ...
+    python recipes/train.py my_arguments.json
+
+Stops and resumes like any `Trainer` run (`--resume_from_checkpoint`); the last model and its metrics are in
+`--output_dir`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import DataArguments, collate, label_names, load_splits, with_pixel_values
+from modeling import ModelArguments, accuracies, build_model, build_processor, build_sgd
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from results import write_json
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for the digits."""
+
+    output_dir: str = field(default="outputs/train")
+    num_train_epochs: float = field(default=20)
+    per_device_train_batch_size: int = field(default=64)
+    per_device_eval_batch_size: int = field(default=256)
+    learning_rate: float = field(default=0.1)
+    weight_decay: float = field(default=5e-4)
+    optim: str = field(default="sgd", metadata={"help": "'sgd' is SGD with Nesterov momentum; others are Trainer's."})
+    lr_scheduler_type: str = field(default="cosine")
+    eval_strategy: str = field(default="epoch")
+    save_strategy: str = field(default="epoch")
+    save_total_limit: int = field(default=2)
+    remove_unused_columns: bool = field(default=False)
+    report_to: str = field(default="none")
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        model_args, data_args, train_args = parser.parse_json_file(arguments[0])
+    else:
+        model_args, data_args, train_args = parser.parse_args_into_dataclasses(arguments)
+    set_seed(train_args.seed)
+
+    splits = load_splits(data_args, seed=train_args.seed)
+    model = build_model(model_args, label_names(splits["train"], data_args))
+    processor = build_processor(model_args.model_name_or_path, data_args)
+
+    own_sgd = str(train_args.optim).endswith("sgd")
+    optimizer = build_sgd(model, train_args.learning_rate, train_args.weight_decay) if own_sgd else None
+    trainer = Trainer(
+        model=model,
+        args=train_args,
+        train_dataset=with_pixel_values(splits["train"], data_args, processor, train=True),
+        eval_dataset=with_pixel_values(splits["validation"], data_args, processor, train=False),
+        data_collator=collate,
+        compute_metrics=accuracies,
+        processing_class=processor,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        record = {"command": ["recipes/train.py", *arguments], "seed": train_args.seed, **metrics}
+        write_json(Path(train_args.output_dir) / "train_results.json", record)
+        print(json.dumps(metrics, indent=2))
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

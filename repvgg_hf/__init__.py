@@ -1,0 +1,87 @@
+"""RepVGG that survives low-bit quantisation, in the idiom of Transformers.
+
+Importing the package makes RepVGG and the `cluster` quantisation method known to the Auto classes.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig
+
+from .configuration_repvgg import RepVGGConfig, before_first_config
+
+__version__ = "0.1.0"
+
+# public name: module that defines it, imported on first use
+_LAZY = {
+    "ClusterConfig": ".quantization_cluster",
+    "ClusterConv2d": ".quantization_cluster",
+    "ClusterLinear": ".quantization_cluster",
+    "ClusterQuantizer": ".quantization_cluster",
+    "QATCallback": ".compression",
+    "RepVGGBackbone": ".modeling_repvgg",
+    "RepVGGForImageClassification": ".modeling_repvgg",
+    "RepVGGModel": ".modeling_repvgg",
+    "RepVGGPreTrainedModel": ".modeling_repvgg",
+    "ReparamConv2d": ".reparameterization",
+    "kernel_report": ".analysis",
+    "update_codebooks": ".compression",
+}
+
+if TYPE_CHECKING:
+    from .analysis import kernel_report
+    from .compression import QATCallback, update_codebooks
+    from .modeling_repvgg import RepVGGBackbone, RepVGGForImageClassification, RepVGGModel, RepVGGPreTrainedModel
+    from .quantization_cluster import ClusterConfig, ClusterConv2d, ClusterLinear, ClusterQuantizer
+    from .reparameterization import ReparamConv2d
+
+
+def _register_models():
+    from transformers import (
+        AutoBackbone,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        BitImageProcessor,
+        BitImageProcessorPil,
+    )
+
+    from . import modeling_repvgg as modeling
+
+    AutoModel.register(RepVGGConfig, modeling.RepVGGModel)
+    AutoModelForImageClassification.register(RepVGGConfig, modeling.RepVGGForImageClassification)
+    AutoBackbone.register(RepVGGConfig, modeling.RepVGGBackbone)
+    AutoImageProcessor.register(
+        RepVGGConfig, image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil}
+    )
+
+
+AutoConfig.register("repvgg", RepVGGConfig)
+before_first_config.append(_register_models)
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "ClusterConfig",
+    "ClusterConv2d",
+    "ClusterLinear",
+    "ClusterQuantizer",
+    "QATCallback",
+    "RepVGGBackbone",
+    "RepVGGConfig",
+    "RepVGGForImageClassification",
+    "RepVGGModel",
+    "RepVGGPreTrainedModel",
+    "ReparamConv2d",
+    "kernel_report",
+    "update_codebooks",
+]
