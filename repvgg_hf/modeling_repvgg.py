@@ -1,6 +1,7 @@
 """RepVGG: a plain stack of 3x3 convolutions that is trained with parallel branches (arXiv 2101.03697)."""
 
 import os
+import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_repvgg import RepVGGConfig
 from .quantization_cluster import ClusterConfig, decode_layers, dequantize_layers, replace_with_cluster_layers
-from .reparameterization import ReparamConv2d, fuse_blocks
+from .reparameterization import ReparamConv2d, checkpoint_once, fused_convolutions
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +96,9 @@ class RepVGGEmbeddings(nn.Module):
 class RepVGGStage(nn.Module):
     """Layers of one width; the first one downsamples. `first_index` counts the layers before, the stem left out."""
 
-    def __init__(self, config: RepVGGConfig, in_channels: int, out_channels: int, stride: int, depth: int, first_index: int):
+    def __init__(
+        self, config: RepVGGConfig, in_channels: int, out_channels: int, stride: int, depth: int, first_index: int
+    ):
         super().__init__()
         self.layers = nn.ModuleList()
         for index in range(first_index, first_index + depth):
@@ -107,23 +110,6 @@ class RepVGGStage(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return hidden_states
-
-
-def _checkpoint_once(checkpoint_function, layer_forward, *args):
-    """Run a layer under gradient checkpointing without counting its batch twice.
-
-    The layer runs again in the backward pass. Undoing the first run's update of the buffers makes the second one see
-    the running statistics (and the OABN bounds from them) that the first one saw, and leaves one update in total.
-    """
-    if not torch.is_grad_enabled():
-        return layer_forward(*args)
-    buffers = list(layer_forward.args[0].buffers())
-    before = [buffer.clone() for buffer in buffers]
-    output = checkpoint_function(layer_forward, *args)
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before):
-            buffer.copy_(value)
-    return output
 
 
 class RepVGGPreTrainedModel(PreTrainedModel):
@@ -145,8 +131,10 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs):
-        function = partial(_checkpoint_once, gradient_checkpointing_func)
+    def _set_gradient_checkpointing(
+        self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs
+    ):
+        function = partial(checkpoint_once, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     def reparameterize(self):
@@ -155,9 +143,14 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         Computed in float32 and checked on a random batch; the result has the model's dtype. A fused model is returned
         as it is. Raises `ValueError` naming the block if the result is wrong; the model is then unchanged.
         """
-        fuse_blocks(self)
+        for name, convolution in self.fused_convolutions().items():
+            self.set_submodule(name, convolution)
         self.config.deploy = True
         return self
+
+    def fused_convolutions(self) -> dict[str, nn.Conv2d]:
+        """What each block of branches fuses into, by the block's name; the model is not changed."""
+        return fused_convolutions(self)
 
     def quantize(self, method: "str | ClusterConfig | None" = None, bits: int | None = None, **options):
         """Replace every weight by codes and a codebook, in place; returns the model. Branches are fused first.
@@ -168,7 +161,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
             options: further arguments of [`ClusterConfig`].
 
         After `prepare_qat` call it without arguments: the trained codebooks are kept as they are. Raises `ValueError`
-        for a model that is quantised already, bad options, or weights that are not finite; the model is then unchanged.
+        for a model that is quantised already, bad options, or weights that aren't finite; the model is then unchanged.
         """
         compression = _import_compression("quantize()")
         return compression.quantize_model(self, method, bits, **options)
@@ -192,12 +185,12 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         dequantize_layers(self)
 
     def decode_weights(self, on_the_fly: bool | None = None):
-        """Check the stored codebooks and decode the weights; `on_the_fly=True` decodes in every forward pass instead."""
+        """Check the stored codebooks and decode the weights; `on_the_fly=True` decodes in every forward instead."""
         decode_layers(self, on_the_fly)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; raises `ValueError` for the wrong form of checkpoint or a damaged file.
+        """As `PreTrainedModel.from_pretrained`; raises `ValueError` for the wrong form of checkpoint or a broken file.
 
         For a quantised checkpoint `quantization_config=ClusterConfig(decode="on_the_fly")` chooses when to decode.
         """
@@ -224,8 +217,8 @@ class RepVGGPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
         """As `PreTrainedModel.save_pretrained`, but the files appear only when all of them are complete.
 
-        They are written to a temporary folder beside and then renamed, so that an interrupted save leaves what was
-        there before.
+        They are written to a temporary folder and then renamed, so that an interrupted save leaves what was there
+        before. Weights of an earlier save under other names (sharded or not) are removed.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -235,13 +228,29 @@ class RepVGGPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("repo_id", target.name)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
             super().save_pretrained(folder, *args, push_to_hub=push_to_hub, **kwargs)
-            new = sorted(os.listdir(folder), key=lambda name: name == "config.json")
-            for name in new:
-                os.replace(os.path.join(folder, name), target / name)
-        if any(name.startswith("model") for name in new):
-            stale = {path.name for pattern in ("model.safetensors*", "model-*-of-*.safetensors") for path in target.glob(pattern)}
-            for name in stale - set(new):
-                (target / name).unlink()
+            _replace_files(Path(folder), target)
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Move the files of `source` into `target`. If anything interrupts it, `target` is as before."""
+    new = {path.name for path in source.iterdir()}
+    old = {path.name for path in target.iterdir() if path.name in new}
+    if new & {"model.safetensors", "model.safetensors.index.json"}:  # else they lie beside: a variant, an adapter
+        weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+        old |= {path.name for path in target.iterdir() if weights.fullmatch(path.name)}
+    backup = source / ".old"
+    backup.mkdir()
+    try:
+        for name in old:
+            os.replace(target / name, backup / name)
+        for name in new:
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in new - old:
+            (target / name).unlink(missing_ok=True)
+        for path in backup.iterdir():
+            os.replace(path, target / path.name)
+        raise
 
 
 def _import_compression(caller: str):
@@ -259,8 +268,8 @@ def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
     """
     if any(".weight_fake_quant." in key for key in unexpected):
         raise ValueError(
-            "This is a checkpoint of quantisation-aware training: build the model, call prepare_qat() with the options "
-            "it was trained with, then load_state_dict(); or load the result of quantize() instead."
+            "This is a checkpoint of quantisation-aware training: build the model, call prepare_qat() with the "
+            "options it was trained with, then load_state_dict(); or load the result of quantize() instead."
         )
     if any(key.endswith(".weight_codes") for key in unexpected):
         raise ValueError(
@@ -269,17 +278,22 @@ def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
         )
     if any(key.endswith(".weight_codes") for key in missing):
         raise ValueError(
-            "The model is quantised and the checkpoint is not: load the checkpoint into a float model, then quantize()."
+            "The model is quantised and the checkpoint is not: load the checkpoint into a float model, then "
+            "quantize() it."
         )
     if deploy and any(".conv.branches." in key for key in unexpected):
         raise ValueError(
             "This is a train-form checkpoint (its keys hold branches) and the model is fused (deploy=True): load it "
             "with deploy=False, then call model.reparameterize()."
         )
-    if not deploy and any(".conv.branches." in key for key in missing) and any(key.endswith(".conv.weight") for key in unexpected):
+    if (
+        not deploy
+        and any(".conv.branches." in key for key in missing)
+        and any(key.endswith(".conv.weight") for key in unexpected)
+    ):
         raise ValueError(
-            "This is a fused checkpoint (its keys hold no branches) and the model has branches (deploy=False): load it "
-            "with deploy=True. Branches can't be recovered from a fused kernel."
+            "This is a fused checkpoint (its keys hold no branches) and the model has branches (deploy=False): load "
+            "it with deploy=True. Branches can't be recovered from a fused kernel."
         )
 
 
@@ -320,9 +334,7 @@ class RepVGGModel(RepVGGPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPoolingAndNoAttention:
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> BaseModelOutputWithPoolingAndNoAttention:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         outputs = self.encoder(self.embeddings(pixel_values), **kwargs)

@@ -3,9 +3,8 @@
     W[o, ...] = scale[o] * codebook[group(o)][code[o, ...]]
 """
 
-import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from .packing import pack_codes, packed_size, unpack_codes
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-CHECKSUMS = "cluster_crc32"  # key of the safetensors metadata: {tensor name: CRC-32 of its bytes}, as JSON
 CODEBOOK_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 _CHOICES = {
     "method": ("cluster", "uniform"),
@@ -55,6 +53,7 @@ class ClusterConfig(QuantizationConfigMixin):
             and decodes in every forward pass.
         activation_bits: reserved by the format; must be `None`.
         format_version: of the tensors on disk; this version of the package reads and writes 1.
+        checksum: of all tensors of the checkpoint, written by `save_pretrained` and checked by `from_pretrained`.
 
     Raises `ValueError` (or `TypeError` for an unknown key) that names the argument and what it accepts.
     """
@@ -74,6 +73,7 @@ class ClusterConfig(QuantizationConfigMixin):
         decode: str = "at_load",
         activation_bits: int | None = None,
         format_version: int = FORMAT_VERSION,
+        checksum: str | None = None,
         quant_method: str = "cluster",
         **unknown,
     ):
@@ -99,6 +99,7 @@ class ClusterConfig(QuantizationConfigMixin):
         self.decode = decode
         self.activation_bits = activation_bits
         self.format_version = format_version
+        self.checksum = checksum
         self._validate()
 
     def _validate(self):
@@ -333,24 +334,28 @@ def dequantize_layers(model: nn.Module) -> None:
         model.set_submodule(name, dense)
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """CRC-32 over the names and bytes of some tensors, whatever their order and the files they are in."""
+    lines = []
+    for name, tensor in tensors:
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        lines.append(f"{name} {zlib.crc32(data):08x}")
+    return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
 
 
-def checkpoint_tensors(files: list[str]) -> Iterator[tuple[str, str, torch.Tensor, dict]]:
-    """(file, tensor name, tensor, metadata) of every tensor in some safetensors files."""
+def read_tensors(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in some safetensors files, by name."""
     for file in files:
         with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
             for name in reader.keys():
-                yield file, name, reader.get_tensor(name), metadata
+                yield name, reader.get_tensor(name)
 
 
-def check_checkpoint(model: nn.Module, files: list[str]) -> None:
+def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -> None:
     """Compare the tensors in safetensors `files` with those that `model`'s cluster layers expect, before loading.
 
-    Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or a checksum in
-    the metadata that differs.
+    Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents that
+    don't fit the checksum.
     """
     expected = {
         f"{name}.{key}".removeprefix("repvgg."): buffer
@@ -358,26 +363,27 @@ def check_checkpoint(model: nn.Module, files: list[str]) -> None:
         if isinstance(layer, ClusterLayer)
         for key, buffer in layer.named_buffers()
     }
-    found = set()
-    for file, name, tensor, metadata in checkpoint_tensors(files):
-        key = name.removeprefix("repvgg.")
-        found.add(key)
-        wanted = expected.get(key)
-        if wanted is not None and (tensor.shape != wanted.shape or tensor.dtype != wanted.dtype):
+    where = ", ".join(map(str, files))
+    tensors = dict(read_tensors(files))
+    for name, tensor in tensors.items():
+        wanted = expected.pop(name.removeprefix("repvgg."), tensor)
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise ValueError(
-                f"{name} in {file} is {tensor.dtype} {list(tensor.shape)}, but quantization_config asks for "
+                f"{name} in {where} is {tensor.dtype} {list(tensor.shape)}, but quantization_config asks for "
                 f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one of "
                 "them was edited. Download both again, or quantise the float model again."
             )
-        crc = json.loads(metadata.get(CHECKSUMS, "{}")).get(name)
-        if crc is not None and _checksum(tensor) != crc:
-            raise ValueError(f"{name} in {file} fails its checksum: the file is damaged, download or save it again.")
-    missing = sorted(expected.keys() - found)
-    if missing:
+    if expected:
         raise ValueError(
-            f"{missing[0]} (and {len(missing) - 1} other tensors) is not in {', '.join(map(str, files))}: the weights "
-            "are not the quantised ones that config.json describes. Remove quantization_config from it to load a float "
-            "checkpoint, or quantise again."
+            f"{next(iter(expected))} ({len(expected)} tensors in all) is not in {where}: these are not the quantised "
+            "weights that config.json describes. Remove quantization_config from it to load a float checkpoint, or "
+            "quantise again."
+        )
+    if checksum is not None and tensors_checksum(tensors.items()) != checksum:
+        raise ValueError(
+            f"The tensors in {where} don't fit the checksum in config.json: a file is damaged or of another model. "
+            "Download or save both again; if you changed the weights on purpose, remove checksum from "
+            "quantization_config."
         )
 
 
@@ -405,7 +411,7 @@ class ClusterQuantizer(HfQuantizer):
             )
         model.replace_with_cluster_layers(self.quantization_config)
         if checkpoint_files and all(Path(file).suffix == ".safetensors" for file in checkpoint_files):
-            check_checkpoint(model, checkpoint_files)
+            check_checkpoint(model, checkpoint_files, self.quantization_config.checksum)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
@@ -415,11 +421,14 @@ class ClusterQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         model.replace_with_float_layers()
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # config.json holds its name
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model):
-        checksums = {name: _checksum(tensor) for name, tensor in model.state_dict().items()}
-        return None, {CHECKSUMS: json.dumps(checksums)}
+        # in config.json, which is written next: safetensors writes several metadata keys in random order, and saving
+        # the same model twice shall give the same bytes
+        self.quantization_config.checksum = tensors_checksum(model.state_dict().items())
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True

@@ -128,7 +128,7 @@ def parse_branch(name: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d+)x(\d+)", name)
     if match is None or any(int(size) % 2 == 0 for size in match.groups()):
         raise ValueError(
-            f'Unknown branch {name!r} in block_branches: use "identity" or "<height>x<width>" with odd sizes, like "3x3".'
+            f'Unknown branch {name!r} in block_branches: use "identity" or "<height>x<width>" with odd sizes ("3x3").'
         )
     return int(match[1]), int(match[2])
 
@@ -139,7 +139,7 @@ class ReparamConv2d(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, groups: of the convolution that it fuses into (padding
             `kernel_size // 2`).
-        branches: names of the branches, see [`parse_branch`]. At least one is dense (`kernel_size` in both directions);
+        branches: names of the branches, see [`parse_branch`]. At least one is dense (`kernel_size` both ways);
             `"identity"` is left out where the block changes the shape.
         oabn_threshold: with a number k, outlier-aware batch normalisation: every branch but the dense ones contributes
             at most k standard deviations of the dense branches' contribution to any entry of the fused kernel. `None`
@@ -176,7 +176,9 @@ class ReparamConv2d(nn.Module):
                     self.branches[key] = IdentityBranch(out_channels, groups, eps, momentum)
                 continue
             if max(size) > kernel_size:
-                raise ValueError(f"Branch {name!r} is larger than the {kernel_size}x{kernel_size} block it is part of.")
+                raise ValueError(
+                    f"Branch {name!r} is larger than the {kernel_size}x{kernel_size} block it is part of."
+                )
             self.branches[key] = ConvBranch(in_channels, out_channels, size, stride, groups, eps, momentum)
             if size == self.kernel_size:
                 self.dense_names.append(key)
@@ -191,17 +193,15 @@ class ReparamConv2d(nn.Module):
         """
         if self.oabn_threshold is None:
             return None
-        count = 0
-        total = square = 0.0
-        for name in self.dense_names:
+        variance = 0.0
+        for name in self.dense_names:  # parallel dense branches are near independent: their variances add
             branch = self.branches[name]
             scale, _ = _scale_and_bias(branch.norm, branch.norm.weight)
             weight = branch.conv.weight
-            total = total + (scale * weight.sum(dim=(1, 2, 3))).sum()
-            square = square + (scale * torch.linalg.vector_norm(weight, dim=(1, 2, 3))).square().sum()
-            count = weight.numel()
-        # parallel dense branches are near independent: their variances add
-        return self.oabn_threshold * ((square - total**2 / count) / (count - 1)).clamp_min(0).sqrt()
+            total = (scale * weight.sum(dim=(1, 2, 3))).sum()
+            square = (scale * torch.linalg.vector_norm(weight, dim=(1, 2, 3))).square().sum()
+            variance = variance + (square - total**2 / weight.numel()).clamp_min(0) / (weight.numel() - 1)
+        return self.oabn_threshold * variance.sqrt()
 
     def bounds(self) -> dict[str, torch.Tensor | None]:
         """The OABN bound of every branch's contribution; `None` for the dense ones and without OABN."""
@@ -240,13 +240,15 @@ class ReparamConv2d(nn.Module):
             groups=self.groups, device="meta",
         )  # fmt: skip
         conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
-        sample = torch.randn(2, self.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(kernel.device)
-        expected = block._sum_of_branches(sample)
-        error = ((conv(sample) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+        # checked in float64 on the CPU: a GPU may run float32 convolutions in TF32, too coarse
+        sample = torch.randn(2, self.in_channels, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        expected = block.to("cpu", torch.float64)._sum_of_branches(sample)
+        fused = F.conv2d(sample, kernel.cpu().double(), bias.cpu().double(), conv.stride, conv.padding, 1, conv.groups)
+        error = ((fused - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
         if not error <= tolerance:  # also true for NaN
             raise ValueError(
                 f"The fused convolution differs from its branches by {error:.2e} of the largest output (at most "
-                f"{tolerance:.0e} is expected): look for NaN, infinite or extreme values in its weights and batch norms."
+                f"{tolerance:.0e} is expected): look for NaN, infinite or extreme values in its weights and norms."
             )
         return conv
 
@@ -257,20 +259,37 @@ class ReparamConv2d(nn.Module):
         )
 
 
-def fuse_blocks(model: nn.Module) -> None:
-    """Replace every `ReparamConv2d` in `model` by its fused `nn.Conv2d`, in the block's dtype. All or none.
+def checkpoint_once(checkpoint_function, layer_forward, *args):
+    """Run a layer under gradient checkpointing without counting its batch twice.
 
-    Raises `ValueError` naming the block whose fused form is wrong.
+    The layer runs again in the backward pass. Undoing the first run's update of the buffers makes the second one see
+    the running statistics (and the OABN bounds from them) that the first one saw, and leaves one update in total.
     """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, ReparamConv2d)}
+    # re-entrant checkpointing gives a layer no gradients if its input needs none, as the stem's
+    if not torch.is_grad_enabled() or not any(arg.requires_grad for arg in args):
+        return layer_forward(*args)
+    buffers = list(layer_forward.args[0].buffers())
+    before = [buffer.clone() for buffer in buffers]
+    output = checkpoint_function(layer_forward, *args)
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+    return output
+
+
+def fused_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The fused `nn.Conv2d` of every `ReparamConv2d` in `model`, by name, in the block's dtype.
+
+    `model` is not changed. Raises `ValueError` naming the block whose fused form is wrong.
+    """
     fused = {}
-    for name, block in blocks.items():
-        try:
-            fused[name] = block.fuse().to(next(block.parameters()).dtype)
-        except ValueError as error:
-            raise ValueError(f"Block {name!r} can't be fused. {error}") from error
-    for name, conv in fused.items():
-        model.set_submodule(name, conv)
+    for name, block in model.named_modules():
+        if isinstance(block, ReparamConv2d):
+            try:
+                fused[name] = block.fuse().to(next(block.parameters()).dtype)
+            except ValueError as error:
+                raise ValueError(f"Block {name!r} can't be fused. {error}") from error
+    return fused
 
 
-__all__ = ["ConvBranch", "IdentityBranch", "ReparamConv2d", "fuse_blocks"]
+__all__ = ["ConvBranch", "IdentityBranch", "ReparamConv2d", "checkpoint_once", "fused_convolutions"]

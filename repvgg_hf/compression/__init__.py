@@ -1,1 +1,15 @@
+"""Making a quantised model: clustering, post-training quantisation, quantisation-aware training."""
 
+from .clustering import assign, kmeans_1d
+from .ptq import quantize_model
+from .qat import ClusterFakeQuantize, QATCallback, prepare_qat, update_codebooks
+
+__all__ = [
+    "ClusterFakeQuantize",
+    "QATCallback",
+    "assign",
+    "kmeans_1d",
+    "prepare_qat",
+    "quantize_model",
+    "update_codebooks",
+]

@@ -1,0 +1,51 @@
+"""Which layers of a model are quantised, and how."""
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..quantization_cluster import ClusterConfig
+from .weights import QuantizedWeight, quantize_weight
+
+logger = logging.get_logger(__name__)
+
+
+def resolve_config(method: str | ClusterConfig | None, bits: int | None, options: dict) -> ClusterConfig:
+    """A [`ClusterConfig`] from the arguments of `quantize` and `prepare_qat`."""
+    if isinstance(method, str) or method is None:
+        return ClusterConfig(method=method or "cluster", bits=4 if bits is None else bits, **options)
+    if bits is not None or options:
+        raise ValueError("Give either a whole ClusterConfig or its arguments, not both.")
+    return method
+
+
+@torch.no_grad()
+def fused_layers(model) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """(the fused convolutions of the blocks of branches, all layers that `model` has once these are in place), by name.
+
+    The model itself is not changed.
+    """
+    fused = model.fused_convolutions()
+    plain = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not any(name.startswith(f"{block}.") for block in fused)
+    }
+    return fused, fused | plain
+
+
+def quantize_layer(name: str, layer: nn.Module, config: ClusterConfig) -> QuantizedWeight:
+    """Quantise one layer's weight. Raises `ValueError` naming the layer if that can't be done."""
+    if not layer.weight.isfinite().all():
+        count = (~layer.weight.isfinite()).sum().item()
+        raise ValueError(f"The weight of {name!r} has {count} NaN or infinite entries: train or load the model again.")
+    bits, groups = config.bits_of(name), config.groups_of(name, layer.weight.shape[0])
+    if layer.weight.numel() // groups < 2**bits:
+        logger.warning(
+            "%s has %d weights for each codebook of %d entries: fewer bits or codebooks would store it in less space.",
+            name, layer.weight.numel() // groups, 2**bits,
+        )  # fmt: skip
+    try:
+        return quantize_weight(layer.weight, bits, groups, config)
+    except ValueError as error:
+        raise ValueError(f"{name!r} can't be quantised: {error}") from error
