@@ -1,8 +1,7 @@
-"""Model, optimiser and metrics that the recipes share."""
+"""Model and optimiser that the recipes share."""
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from data import DataArguments, make_processor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -73,11 +72,3 @@ def build_sgd(model: torch.nn.Module, learning_rate: float, weight_decay: float)
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
-
-
-def accuracies(predictions) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent from `Trainer`'s predictions."""
-    logits, labels = predictions.predictions, predictions.label_ids
-    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    hits = ranked == labels[:, None]
-    return {"top1": 100 * hits[:, 0].mean().item(), "top5": 100 * hits.any(axis=1).mean().item()}

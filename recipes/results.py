@@ -1,8 +1,11 @@
-"""Writing results."""
+"""Results on disk and on the screen."""
 
 import json
 import os
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
 
 
 def write_json(path: str | Path, record: dict) -> None:
@@ -12,3 +15,23 @@ def write_json(path: str | Path, record: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    """Show `rows`, which have the same keys; floats with up to four significant places after the point."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(_format(value) for value in row.values()))
+    # a terminal that tells no width (a log file) must not fold the columns
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
+
+
+def _format(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 0.01 or value == 0 else f"{value:.1e}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

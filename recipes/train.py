@@ -9,15 +9,15 @@ Stops and resumes like any `Trainer` run (`--resume_from_checkpoint`); the last 
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arguments import parse_arguments
 from data import DataArguments, collate, label_names, load_splits, with_pixel_values
-from modeling import ModelArguments, accuracies, build_model, build_processor, build_sgd
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-
+from metrics import trainer_accuracies
+from modeling import ModelArguments, build_model, build_processor, build_sgd
 from results import write_json
+from transformers import Trainer, TrainingArguments, set_seed
 
 
 @dataclass
@@ -40,12 +40,9 @@ class TrainArguments(TrainingArguments):
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        model_args, data_args, train_args = parser.parse_json_file(arguments[0])
-    else:
-        model_args, data_args, train_args = parser.parse_args_into_dataclasses(arguments)
+    (model_args, data_args, train_args), arguments = parse_arguments(
+        (ModelArguments, DataArguments, TrainArguments), arguments
+    )
     set_seed(train_args.seed)
 
     splits = load_splits(data_args, seed=train_args.seed)
@@ -60,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict:
         train_dataset=with_pixel_values(splits["train"], data_args, processor, train=True),
         eval_dataset=with_pixel_values(splits["validation"], data_args, processor, train=False),
         data_collator=collate,
-        compute_metrics=accuracies,
+        compute_metrics=trainer_accuracies,
         processing_class=processor,
         optimizers=(optimizer, None),
     )
@@ -68,7 +65,8 @@ def main(arguments: list[str] | None = None) -> dict:
     trainer.save_model()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        record = {"command": ["recipes/train.py", *arguments], "seed": train_args.seed, **metrics}
+        record = {"command": ["recipes/train.py", *arguments], "seed": train_args.seed}
+        record |= {"parameters": model.num_parameters(), **metrics}
         write_json(Path(train_args.output_dir) / "train_results.json", record)
         print(json.dumps(metrics, indent=2))
     return metrics

@@ -183,10 +183,11 @@ class ClusterLayer(nn.Module):
     def __init__(self, layer: nn.Module, bits: int, groups: int, channel_scale: bool, codebook_dtype, on_the_fly=False):
         super().__init__()
         self.weight_shape = tuple(layer.weight.shape)
+        self.weight_numel = layer.weight.numel()
         self.bits, self.groups, self.on_the_fly = bits, groups, on_the_fly
         device = layer.weight.device
-        numel, out_channels = layer.weight.numel(), self.weight_shape[0]
-        codes = torch.zeros(packed_size(numel, bits), dtype=torch.uint8, device=device)
+        out_channels = self.weight_shape[0]
+        codes = torch.zeros(packed_size(self.weight_numel, bits), dtype=torch.uint8, device=device)
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_codebook", torch.zeros(groups, 2**bits, dtype=codebook_dtype, device=device))
         scale = torch.zeros(out_channels, dtype=torch.float32, device=device) if channel_scale else None
@@ -205,8 +206,7 @@ class ClusterLayer(nn.Module):
 
     def codes(self) -> torch.Tensor:
         """The codes, uint8, of the weight's shape."""
-        numel = torch.Size(self.weight_shape).numel()
-        return unpack_codes(self.weight_codes, self.bits, numel).view(self.weight_shape)
+        return unpack_codes(self.weight_codes, self.bits, self.weight_numel).view(self.weight_shape)
 
     def decoded(self) -> torch.Tensor:
         """The weight, computed in float32 and returned in the layer's dtype."""
@@ -415,6 +415,7 @@ class ClusterQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
+            model.is_quantized = False  # not yet, although it was announced before the weights were loaded
             model.quantize(self.quantization_config).to(self.final_dtype)
             return
         model.decode_weights()

@@ -40,8 +40,8 @@ def convert_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
             unknown.append(key)
     if unknown:
         raise ValueError(
-            f"Not a RepVGG of timm: unknown keys {', '.join(unknown[:5])} ({len(unknown)} of {len(state_dict)}). Give the "
-            "state dict of a model such as timm.create_model('repvgg_a0')."
+            f"Not a RepVGG of timm: unknown keys {', '.join(unknown[:5])} ({len(unknown)} of {len(state_dict)}). Give "
+            "the state dict of a model such as timm.create_model('repvgg_a0')."
         )
     return converted
 
@@ -49,10 +49,14 @@ def convert_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
 def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
     """A [`RepVGGForImageClassification`] with the weights of a timm RepVGG, in the form that it has, train or fused.
 
-    Its batch normalisation is plain, as timm's is; set `config.oabn` before training on. Raises `ValueError` for a model
-    that is no RepVGG.
+    Its batch normalisation is plain, as timm's is. To train it further with OABN, save it and load it with
+    `from_pretrained(folder, oabn=True)`. Raises `ValueError` for a model that is no RepVGG.
     """
     state_dict = convert_timm_state_dict(timm_model.state_dict())
+    if not isinstance(timm_model.stem.act, nn.ReLU):
+        raise ValueError(
+            f"The activation is {type(timm_model.stem.act).__name__}: only models with ReLU are converted."
+        )
     model = RepVGGForImageClassification(_config_of(timm_model, state_dict))
     model.load_state_dict(state_dict)
     return model.train(timm_model.training)

@@ -1,0 +1,89 @@
+"""Loading a 4 bit checkpoint against the float one that it replaces: time, peak memory and size."""
+
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification
+
+from repvgg_hf.interop.timm import from_timm
+from repvgg_hf.quantization_cluster import ClusterLayer
+
+from .measuring import BenchmarkArguments, compare, time_alternately
+from .peers import timm_model
+
+FLOAT, QUANTIZED = "float", "4 bit"
+BITS = 4
+
+# A process inherits the peak memory of the one that started it, and ours holds models: so a small one in between, which
+# has the system's own record of its child.
+LAUNCHER = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+LOAD = """
+import sys, transformers, repvgg_hf.modeling_repvgg
+for folder in sys.argv[1:]:
+    transformers.AutoModelForImageClassification.from_pretrained(folder)
+"""
+
+
+@dataclass
+class LoadArguments(BenchmarkArguments):
+    variant: str = field(default="a0", metadata={"help": "A published variant, or 'cifar' for the study's network."})
+    method: str = field(
+        default="cluster", metadata={"help": "Of quantize(); 'uniform' is quicker to make, as fast to load."}
+    )
+    memory_repeats: int = field(default=3, metadata={"help": "Fresh processes that load each checkpoint."})
+
+
+def run(args: LoadArguments) -> list[dict]:
+    with tempfile.TemporaryDirectory() as parent:
+        folders = {FLOAT: f"{parent}/float", QUANTIZED: f"{parent}/quantized"}
+        model = from_timm(timm_model(args.variant)).reparameterize()
+        model.save_pretrained(folders[FLOAT])
+        model.quantize(args.method, bits=BITS, channel_scale=True).save_pretrained(folders[QUANTIZED])
+        return [load_time(folders, args), peak_memory(folders, args), file_size(folders, model, args)]
+
+
+def load_time(folders: dict[str, str], args: LoadArguments) -> dict:
+    def load(folder):
+        return lambda: AutoModelForImageClassification.from_pretrained(folder).to(args.device)
+
+    times = time_alternately({name: load(folder) for name, folder in folders.items()}, args)
+    return compare(f"{args.variant}, from_pretrained, cached files", "s", times, [(QUANTIZED, FLOAT, 1.2)])
+
+
+def peak_memory(folders: dict[str, str], args: LoadArguments) -> dict:
+    """Peak resident memory of a process that loads, less that of one which only imports."""
+    peaks = {"imports": [], FLOAT: [], QUANTIZED: []}
+    for _ in range(args.memory_repeats):
+        for name, samples in peaks.items():
+            samples.append(process_peak([folders[name]] if name in folders else []))
+    imports = statistics.median(peaks["imports"])
+    extra = {name: [peak - imports for peak in peaks[name]] for name in folders}
+    record = compare(f"{args.variant}, peak memory of from_pretrained", "B", extra, [(QUANTIZED, FLOAT, None)])
+    return record | {"process_peaks": peaks}
+
+
+def process_peak(arguments: list[str]) -> int:
+    """Peak resident bytes of a fresh process that runs `LOAD`."""
+    command = [sys.executable, "-c", LAUNCHER, "-c", LOAD, *arguments]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(printed.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+
+
+def file_size(folders: dict[str, str], model, args: LoadArguments) -> dict:
+    """The bytes of the weights' files; ours may be 2 % and 40 kB more than the codes alone."""
+    sizes = {name: [(Path(folder) / "model.safetensors").stat().st_size] for name, folder in folders.items()}
+    layers = [layer for layer in model.modules() if isinstance(layer, ClusterLayer)]
+    weights = sum(math.prod(layer.weight_shape) for layer in layers)
+    sizes["allowed"] = [1.02 * BITS / 8 * weights + 40_000]
+    ratios = [(QUANTIZED, FLOAT, None), (QUANTIZED, "allowed", 1.0)]
+    record = compare(f"{args.variant}, model.safetensors", "B", sizes, ratios)
+    return record | {"quantized_weights": weights}

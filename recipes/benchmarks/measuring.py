@@ -1,0 +1,75 @@
+"""Measuring things side by side, so that a ratio survives a noisy machine."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class BenchmarkArguments:
+    """What every benchmark takes."""
+
+    repeats: int = field(default=15, metadata={"help": "Times that each side is measured."})
+    seconds: float = field(default=0.1, metadata={"help": "Least time of one measurement: quick calls are repeated."})
+    seed: int = field(default=0, metadata={"help": "Of the weights and images."})
+    device: str | None = field(
+        default=None, metadata={"help": "Default: the accelerator if there is one, else the CPU."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file; default outputs/benchmark_<name>.json."})
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {self.repeats}.")
+        if self.device is None:
+            self.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one: its kernels run after the call that queues them returned."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def time_calls(function: Callable, calls: int) -> float:
+    """Seconds a call."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def time_alternately(functions: dict[str, Callable], args: BenchmarkArguments) -> dict[str, list[float]]:
+    """Seconds a call of each function, `args.repeats` times; they take turns, so that noise hits them all."""
+    for function in functions.values():
+        function()  # lazy initialisation, caches
+    quickest = min(time_calls(function, 1) for function in functions.values())
+    calls = max(1, math.ceil(args.seconds / quickest))
+    times = {name: [] for name in functions}
+    for _ in range(args.repeats):
+        for name, function in functions.items():
+            times[name].append(time_calls(function, calls))
+    return times
+
+
+def compare(
+    setting: str, unit: str, values: dict[str, list[float]], ratios: list[tuple[str, str, float | None]]
+) -> dict:
+    """The record of one run: the values of each side and, for each `(name, peer, bar)`, the ratio of their medians.
+
+    `bar` is the largest ratio that we accept, `None` where there is no promise. `quartiles` are those of the ratios
+    within each turn: a bar that lies between them is neither met nor missed, measure longer.
+    """
+    medians = {name: statistics.median(samples) for name, samples in values.items()}
+    lines = []
+    for name, peer, bar in ratios:
+        pairs = [sample / other for sample, other in zip(values[name], values[peer])]
+        quartiles = statistics.quantiles(pairs, n=4, method="inclusive")[::2] if len(pairs) > 1 else pairs * 2
+        ratio = medians[name] / medians[peer]
+        lines.append({"name": name, "peer": peer, "ratio": ratio, "quartiles": quartiles, "bar": bar})
+    return {"setting": setting, "unit": unit, "medians": medians, "values": values, "ratios": lines}

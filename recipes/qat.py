@@ -1,0 +1,166 @@
+"""Train with OABN, fuse, train with quantised weights (ClusterQAT), pack, save, reload: the whole story.
+
+    accelerate launch recipes/qat.py                                       # digits, from scratch, 4 bits
+    accelerate launch recipes/qat.py --model_name_or_path outputs/train    # from a float checkpoint
+
+`--output_dir` holds the float model (`float/`), the fused one (`fused/`), the quantised one (`quantized/`), the figures
+(`qat_results.json`) and a checkpoint an epoch; `--resume_from_checkpoint` goes on from the last of these.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from arguments import parse_arguments
+from data import DataArguments, collate, label_names, load_splits, with_pixel_values
+from metrics import accuracies
+from modeling import ModelArguments, build_model, build_processor
+from results import print_table, write_json
+from torch.utils.data import DataLoader
+from training import PhaseArguments, predict, train_phase
+from transformers import AutoModelForImageClassification
+
+import repvgg_hf
+from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+
+RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
+
+# what a user's own process does, with nothing in memory from this one
+RELOAD = """
+import sys, torch, repvgg_hf
+from transformers import AutoModelForImageClassification
+folder, pixel_values, logits = sys.argv[1:]
+model = AutoModelForImageClassification.from_pretrained(folder)
+with torch.inference_mode():
+    batches = torch.load(pixel_values)
+    torch.save(torch.cat([model(batch).logits for batch in batches]), logits)
+"""
+
+
+@dataclass
+class QATArguments(PhaseArguments):
+    """How to train and quantise."""
+
+    output_dir: str = field(default="outputs/qat", metadata={"help": "Where models, checkpoints and figures go."})
+    num_float_epochs: int = field(default=24, metadata={"help": "Epochs of float training, without a checkpoint."})
+    float_learning_rate: float = field(default=0.1, metadata={"help": "Its peak learning rate."})
+    num_train_epochs: int = field(default=5, metadata={"help": "Epochs of quantisation-aware training."})
+    learning_rate: float = field(default=0.01, metadata={"help": "Its peak learning rate."})
+    bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})
+    granularity: str = field(default="per_tensor", metadata={"help": "per_tensor, per_channel or per_group."})
+    group_size: int | None = field(default=None, metadata={"help": "Output channels a codebook, with per_group."})
+    channel_scale: bool | None = field(default=None, metadata={"help": "A scale for each output channel."})
+    codebook_dtype: str = field(default="float16", metadata={"help": "float16, float32 or int8."})
+    report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
+
+    def quantization_config(self) -> repvgg_hf.ClusterConfig:
+        return repvgg_hf.ClusterConfig(
+            bits=self.bits,
+            granularity=self.granularity,
+            group_size=self.group_size,
+            channel_scale=self.channel_scale,
+            codebook_dtype=self.codebook_dtype,
+        )
+
+
+def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
+    """Logits of the model in `folder`, computed by a fresh process."""
+    pixel_values, logits = folder.with_name("reload_inputs.pt"), folder.with_name("reload_logits.pt")
+    torch.save(batches, pixel_values)
+    try:
+        subprocess.run([sys.executable, "-c", RELOAD, str(folder), str(pixel_values), str(logits)], check=True)
+        return torch.load(logits).numpy()
+    finally:
+        pixel_values.unlink()
+        logits.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    (model_args, data_args, args), arguments = parse_arguments((ModelArguments, DataArguments, QATArguments), arguments)
+    quantization_config = args.quantization_config()  # a bad option shall not cost the float training
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,  # one scheduler step an optimiser step, whatever the number of processes
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output_dir,
+    )
+    if args.report_to != "none":
+        accelerator.init_trackers("qat", {"bits": args.bits, "granularity": args.granularity})
+    set_seed(args.seed)
+
+    splits = load_splits(data_args, seed=args.seed)
+    processor = build_processor(model_args.model_name_or_path, data_args)
+    train_set = with_pixel_values(splits["train"], data_args, processor, train=True)
+    validation_set = with_pixel_values(splits["validation"], data_args, processor, train=False)
+    validation = DataLoader(validation_set, args.per_device_eval_batch_size, collate_fn=collate)
+    some_batches = [batch["pixel_values"] for batch, _ in zip(validation, range(RELOADED_BATCHES))]
+    validation = accelerator.prepare(validation)
+    labels = np.array(splits["validation"][data_args.label_column_name])
+
+    # 1. a float model with branches
+    finished = output_dir / "float"
+    if args.resume_from_checkpoint and (finished / "config.json").exists():
+        model = AutoModelForImageClassification.from_pretrained(finished)
+    else:
+        model = build_model(model_args, label_names(splits["train"], data_args))
+        if model_args.model_name_or_path is None:
+            rate, epochs = args.float_learning_rate, args.num_float_epochs
+            model = train_phase(accelerator, model, train_set, "float", epochs, rate, output_dir, args)
+        save(accelerator, model, finished, processor)
+    float_logits = predict(accelerator, model, validation)
+
+    # 2. the same, fused: what is quantised, and what a float deployment would ship
+    fused = AutoModelForImageClassification.from_pretrained(finished).reparameterize()
+    save(accelerator, fused, output_dir / "fused", processor)
+    fused_logits = predict(accelerator, fused, validation)
+
+    # 3. train on with quantised weights, still with branches
+    model.prepare_qat(quantization_config)
+    model = train_phase(accelerator, model, train_set, "qat", args.num_train_epochs, args.learning_rate, output_dir, args)
+    qat_logits = predict(accelerator, model, validation)
+
+    # 4. freeze, pack, save
+    model.quantize()
+    save(accelerator, model, output_dir / "quantized", processor)
+    quantized_logits = predict(accelerator, model, validation)
+
+    rows = []
+
+    def add(name: str, logits, folder: str, weight_bits: float, reference=None):
+        images = len(logits)
+        difference = None if reference is None else float(np.abs(logits - reference[:images]).max())
+        figures = {"accuracy": accuracies(logits, labels[:images])["top1"], "images": images}
+        figures |= {"bytes": checkpoint_bytes(output_dir / folder)}
+        rows.append({"model": name, **figures, "bits_per_weight": weight_bits, "largest_logit_difference": difference})
+
+    if accelerator.is_main_process:
+        # 5. load it like a user
+        reloaded_logits = reload_logits(output_dir / "quantized", some_batches)
+        packed_bits = bits_per_weight(model)
+        add("float, with branches", float_logits, "float", 32.0)
+        add("float, fused", fused_logits, "fused", 32.0, float_logits)
+        add(f"{args.bits} bit, in training", qat_logits, "quantized", packed_bits)
+        add(f"{args.bits} bit, packed", quantized_logits, "quantized", packed_bits, qat_logits)
+        add(f"{args.bits} bit, reloaded", reloaded_logits, "quantized", packed_bits, quantized_logits)
+        record = {"command": ["recipes/qat.py", *arguments], "seed": args.seed, "results": rows}
+        write_json(output_dir / "qat_results.json", record)
+        print_table("Held-out images; difference to the line above", rows)
+    accelerator.end_training()
+    return {"results": rows}
+
+
+def save(accelerator: Accelerator, model, folder: Path, processor) -> None:
+    if accelerator.is_main_process:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What a model's weights take on disk."""
+
+from pathlib import Path
+
+from torch import nn
+
+from ..quantization_cluster import ClusterLayer
+
+
+def bits_per_weight(model) -> float:
+    """Bits stored for each entry of the model's convolution and linear weights: codes, codebooks and channel scales."""
+    stored_bits, numel = 0, 0
+    for module in model.modules():
+        if isinstance(module, ClusterLayer):
+            tensors = [module.weight_codes, module.weight_codebook, module.weight_scale]
+            stored_bits += 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+            numel += module.weight_numel
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            stored_bits += 8 * module.weight.numel() * module.weight.element_size()
+            numel += module.weight.numel()
+    return stored_bits / numel
+
+
+def checkpoint_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files in a checkpoint folder. Raises `ValueError` if there are none."""
+    files = list(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file: give a folder that save_pretrained wrote.")
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,63 @@
+"""Fixtures of all tests. Nothing here needs the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch import nn
+
+from repvgg_hf import RepVGGConfig
+
+# the tensors are small: more threads would mostly wait for each other, above all on a machine that does other work
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """`tiny_config(**fields)`: two stages of a few channels, with a grouped layer, OABN and five labels."""
+
+    def make(**fields) -> RepVGGConfig:
+        defaults = {"stem_hidden_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "strides": [2, 2], "groups": 2}
+        return RepVGGConfig(**(defaults | {"num_labels": 5} | fields))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def randomize_batch_norms():
+    """`randomize_batch_norms(model, generator)`: statistics and parameters as after some training.
+
+    Gammas of both signs. The sizes keep activations near one through the 47 layers of D2se: its gates saturate else.
+    """
+
+    @torch.no_grad()
+    def randomize(model: nn.Module, generator: torch.Generator) -> nn.Module:
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                signs = torch.randint(0, 2, norm.weight.shape, generator=generator) * 2 - 1
+                norm.weight.uniform_(0.3, 0.8, generator=generator).mul_(signs)
+                norm.bias.normal_(0, 0.3, generator=generator)
+                norm.running_mean.normal_(0, 0.3, generator=generator)
+                norm.running_var.uniform_(0.5, 2, generator=generator)
+        return model
+
+    return randomize
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """`relative_error(actual, expected)`: largest difference over largest expected value; NaN if either has one."""
+
+    def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        assert actual.shape == expected.shape
+        actual, expected = actual.double(), expected.double()
+        return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+    return error
