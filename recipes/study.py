@@ -12,11 +12,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from arguments import parse_arguments
 from results import write_json
 
 NETWORK = "--stem_hidden_size 32 --hidden_sizes 48 96 192 256 --depths 2 4 4 1 --strides 2 2 2 2 --image_size 32"
-TRAINING = "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --disable_tqdm True"
+TRAINING = "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
 QUANTIZATION = "--bits 8 6 4 3 --methods uniform cluster --granularities per_tensor per_channel"
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 
@@ -55,6 +56,7 @@ def study_norm(norm: str, args: StudyArguments) -> dict:
     folder = Path(args.output_dir) / norm.lower()
     if not (folder / "train_results.json").exists():
         limits = {"num_train_epochs": args.num_train_epochs, "max_train_samples": args.max_train_samples}
+        limits["use_cpu"] = not torch.accelerator.is_available()  # Trainer wants to be told before it uses bf16 there
         run_recipe("train.py", f"{NETWORK} {TRAINING} {NORMS[norm]}", args, output_dir=folder, **limits)
     quantized = folder / "ptq"
     run_recipe("ptq.py", QUANTIZATION, args, model_name_or_path=folder, output_dir=quantized)

@@ -30,6 +30,8 @@ class TrainArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=256)
     learning_rate: float = field(default=0.1)
     weight_decay: float = field(default=5e-4)
+    max_grad_norm: float = field(default=5.0)
+    warmup_steps: float = field(default=0.05)  # below 1: a share of all steps
     optim: str = field(default="sgd", metadata={"help": "'sgd' is SGD with Nesterov momentum; others are Trainer's."})
     lr_scheduler_type: str = field(default="cosine")
     eval_strategy: str = field(default="epoch")

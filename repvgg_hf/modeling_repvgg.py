@@ -166,7 +166,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         compression = _import_compression("quantize()")
         return compression.quantize_model(self, method, bits, **options)
 
-    def prepare_qat(self, method: "str | ClusterConfig" = "cluster", bits: int = 4, **options):
+    def prepare_qat(self, method: "str | ClusterConfig | None" = None, bits: int | None = None, **options):
         """Make the model compute with quantised weights while its parameters train, in place; returns the model.
 
         The arguments are those of [`~RepVGGPreTrainedModel.quantize`], which freezes the result. In train form each
@@ -337,7 +337,7 @@ class RepVGGModel(RepVGGPreTrainedModel):
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> BaseModelOutputWithPoolingAndNoAttention:
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
-        outputs = self.encoder(self.embeddings(pixel_values), **kwargs)
+        outputs = self.encoder(self.embeddings(pixel_values), return_dict=True, **kwargs)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=outputs.last_hidden_state.mean(dim=(2, 3)),
@@ -366,7 +366,7 @@ class RepVGGForImageClassification(RepVGGPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor | None = None, labels: torch.Tensor | None = None, **kwargs
     ) -> ImageClassifierOutputWithNoAttention:
-        outputs = self.repvgg(pixel_values, **kwargs)
+        outputs = self.repvgg(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
@@ -389,8 +389,7 @@ class RepVGGBackbone(BackboneMixin, RepVGGPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
-        kwargs["output_hidden_states"] = True
-        hidden_states = self.encoder(self.embeddings(pixel_values), **kwargs).hidden_states
+        hidden_states = self.encoder(self.embeddings(pixel_values), return_dict=True, **kwargs).hidden_states
         feature_maps = tuple(
             hidden_state for stage, hidden_state in zip(self.stage_names, hidden_states) if stage in self.out_features
         )

@@ -1,6 +1,6 @@
 """Cluster-quantised layers, their configuration, and the quantiser that loads them with `from_pretrained`.
 
-    W[o, ...] = scale[o] * codebook[group(o)][code[o, ...]]
+W[o, ...] = scale[o] * codebook[group(o)][code[o, ...]]
 """
 
 import zlib
@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .packing import pack_codes, packed_size, unpack_codes
+from .reparameterization import require_in_memory
 
 logger = logging.get_logger(__name__)
 
@@ -42,8 +44,8 @@ class ClusterConfig(QuantizationConfigMixin):
         group_size: output channels that share a codebook, for `"per_group"` only; divides every layer's channels.
         channel_scale: fit a float32 scale for each output channel. `None` takes the default of the method and
             granularity: on for clusters per tensor, where it costs 0.01 to 0.04 bit a weight, or for an int8 codebook.
-        codebook_dtype: `"float16"`, `"float32"` or `"int8"`. With `"int8"` (needs `channel_scale`) the decoded weight is
-            an int8 weight with a symmetric scale a channel, as integer engines use it.
+        codebook_dtype: `"float16"`, `"float32"` or `"int8"`. With `"int8"` (needs `channel_scale`) the decoded weight
+            is an int8 weight with a symmetric scale a channel, as integer engines use it.
         bits_overrides: other bits for some layers, such as `{"classifier": 8, "embeddings": 8}`. A key is a module's
             name or a parent's, the base model's prefix may be left out; the longest matching key wins.
         modules_to_not_convert: modules, named likewise, that stay float.
@@ -77,6 +79,12 @@ class ClusterConfig(QuantizationConfigMixin):
         quant_method: str = "cluster",
         **unknown,
     ):
+        # first: what a later format adds is unknown here
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config has format_version {format_version!r}, this version of repvgg_hf reads "
+                f"{FORMAT_VERSION}: upgrade with `pip install -U repvgg-hf`, or quantise the float model again."
+            )
         if unknown:
             raise TypeError(
                 f"Unknown quantization option {', '.join(map(repr, unknown))}: ClusterConfig takes "
@@ -103,30 +111,31 @@ class ClusterConfig(QuantizationConfigMixin):
         self._validate()
 
     def _validate(self):
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"quantization_config has format_version {self.format_version!r}, this version of repvgg_hf reads "
-                f"{FORMAT_VERSION}: upgrade with `pip install -U repvgg-hf`, or quantise the float model again."
-            )
         if self.quant_method != "cluster":
             raise ValueError(f"quant_method must be 'cluster', got {self.quant_method!r}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name, bits in {"bits": self.bits, **{f"bits_overrides[{k!r}]": v for k, v in self.bits_overrides.items()}}.items():
+        overrides = {f"bits_overrides[{key!r}]": bits for key, bits in self.bits_overrides.items()}
+        for name, bits in {"bits": self.bits, **overrides}.items():
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
                 raise ValueError(f"{name} must be an integer from 1 to 8, got {bits!r}.")
+        for name in ("channel_scale", "symmetric"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise ValueError(
                 f"granularity={self.granularity!r} and group_size={self.group_size!r} don't fit: give group_size (the "
                 "output channels that share a codebook) with granularity='per_group', and only with that."
             )
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}.")
         if self.codebook_dtype == "int8" and not self.channel_scale:
             raise ValueError("codebook_dtype='int8' holds integers only: set channel_scale=True to give them a scale.")
         if self.method == "uniform" and self.channel_scale and not self.symmetric:
-            raise ValueError("A uniform grid with channel_scale has no offset: set symmetric=True or channel_scale=False.")
+            raise ValueError(
+                "A uniform grid with channel_scale has no offset: set symmetric=True or channel_scale=False"
+            )
         if self.activation_bits is not None:
             raise ValueError(f"activation_bits must be None (weights only), got {self.activation_bits!r}.")
 
@@ -157,8 +166,8 @@ class ClusterConfig(QuantizationConfigMixin):
             for key in getattr(self, field):
                 if not any(_is_within(name, key) for name in names):
                     raise ValueError(
-                        f"{field} names {key!r}, which is no convolution or linear layer of this model, nor the parent "
-                        f"of one. Its layers: {', '.join(names)}."
+                        f"{field} names {key!r}, which is no convolution or linear layer of this model, nor the "
+                        f"parent of one. Its layers: {', '.join(names)}."
                     )
 
 
@@ -180,7 +189,9 @@ class ClusterLayer(nn.Module):
         on_the_fly: decode in every forward pass instead of keeping a dense `weight` beside the codes.
     """
 
-    def __init__(self, layer: nn.Module, bits: int, groups: int, channel_scale: bool, codebook_dtype, on_the_fly=False):
+    def __init__(
+        self, layer: nn.Module, bits: int, groups: int, channel_scale: bool, codebook_dtype, on_the_fly=False
+    ):
         super().__init__()
         self.weight_shape = tuple(layer.weight.shape)
         self.weight_numel = layer.weight.numel()
@@ -320,6 +331,7 @@ def decode_layers(model: nn.Module, on_the_fly: bool | None = None) -> None:
 @torch.no_grad()
 def dequantize_layers(model: nn.Module) -> None:
     """Replace every cluster layer in `model` by the float layer with the decoded weight."""
+    require_in_memory(model)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ClusterLayer)]:
         weight = layer.decoded()
         if isinstance(layer, ClusterConv2d):
@@ -347,7 +359,7 @@ def read_tensors(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in some safetensors files, by name."""
     for file in files:
         with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():
+            for name in reader.keys():  # noqa: SIM118 (the reader itself is no iterable)
                 yield name, reader.get_tensor(name)
 
 
@@ -370,8 +382,8 @@ def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise ValueError(
                 f"{name} in {where} is {tensor.dtype} {list(tensor.shape)}, but quantization_config asks for "
-                f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one of "
-                "them was edited. Download both again, or quantise the float model again."
+                f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one "
+                "of them was edited. Download both again, or quantise the float model again."
             )
     if expected:
         raise ValueError(
@@ -406,8 +418,8 @@ class ClusterQuantizer(HfQuantizer):
             return
         if not model.config.deploy:
             raise ValueError(
-                "config.json has a quantization_config but deploy=False: quantised checkpoints hold fused kernels. Set "
-                "deploy to true in config.json if its keys end in weight_codes, or remove quantization_config."
+                "config.json has a quantization_config but deploy=False: quantised checkpoints hold fused kernels. "
+                "Set deploy to true in config.json if its keys end in weight_codes, or remove quantization_config."
             )
         model.replace_with_cluster_layers(self.quantization_config)
         if checkpoint_files and all(Path(file).suffix == ".safetensors" for file in checkpoint_files):
@@ -417,6 +429,7 @@ class ClusterQuantizer(HfQuantizer):
         if not self.pre_quantized:
             model.is_quantized = False  # not yet, although it was announced before the weights were loaded
             model.quantize(self.quantization_config).to(self.final_dtype)
+            model.config.dtype = self.final_dtype
             return
         model.decode_weights()
 
@@ -428,7 +441,11 @@ class ClusterQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         # in config.json, which is written next: safetensors writes several metadata keys in random order, and saving
         # the same model twice shall give the same bytes
-        self.quantization_config.checksum = tensors_checksum(model.state_dict().items())
+        tensors = (
+            (name, load_offloaded_parameter(model, name) if tensor.is_meta else tensor)
+            for name, tensor in model.state_dict().items()
+        )
+        self.quantization_config.checksum = tensors_checksum(tensors)
         return None, {}
 
     def is_serializable(self) -> bool:

@@ -277,11 +277,22 @@ def checkpoint_once(checkpoint_function, layer_forward, *args):
     return output
 
 
+def require_in_memory(model: nn.Module) -> None:
+    """Raise `ValueError` naming the first weight of `model` that was offloaded by a `device_map`."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is offloaded to disk or another device, and this needs every weight in memory: load the "
+                "model without device_map, or with device_map='cpu'."
+            )
+
+
 def fused_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The fused `nn.Conv2d` of every `ReparamConv2d` in `model`, by name, in the block's dtype.
 
-    `model` is not changed. Raises `ValueError` naming the block whose fused form is wrong.
+    `model` is not changed. Raises `ValueError` naming the block whose fused form is wrong, or an offloaded weight.
     """
+    require_in_memory(model)
     fused = {}
     for name, block in model.named_modules():
         if isinstance(block, ReparamConv2d):

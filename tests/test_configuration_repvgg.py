@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.configuration_repvgg import VARIANTS
@@ -97,7 +98,7 @@ def test_stage_names(tiny_config):
     ],
 )
 def test_bad_fields_are_named(tiny_config, fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
         tiny_config(**fields)
 
 

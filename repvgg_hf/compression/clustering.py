@@ -2,17 +2,19 @@
 
 On sorted values a cluster is an interval, so prefix sums give any cluster's mass, mean and error in constant time: a
 Lloyd step costs `k * log(n)`, whatever the number of weights. The start is the optimum by dynamic programming over a
-coarse set of cuts, which spares the restarts that k-means needs otherwise.
+few hundred candidate cuts, improved by moving entries and cuts, which spares the restarts that k-means else needs.
 """
 
 import torch
 
 LLOYD_STEPS = 300
-REFINEMENT = (0.9, 0.6, 0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01) * 2  # reaches of successive refinements
+ROUNDS = 3  # of moving entries to where they pay most, then all cuts a little
+REFINEMENT = (0.9, 0.4, 0.15, 0.06, 0.02)  # reaches of successive refinements in a round
 REFINEMENT_OFFSETS = (-1.0, -0.6, -0.3, -0.1, 0.0, 0.1, 0.3, 0.6, 1.0)
-DYNAMIC_PROGRAM_CLUSTERS = 32  # more than these are found by splitting
-DYNAMIC_PROGRAM_CUTS = (256, 128)  # candidates with one group, and with many
-GROUPS_A_CHUNK = 128  # bounds the memory of the cost matrices to 17 MB each
+SPLIT_FRACTIONS = (0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+DYNAMIC_PROGRAM_CLUSTERS = 32  # more than these start from the asymptotically best cuts
+DYNAMIC_PROGRAM_CUTS = (512, 192)  # candidates with one group, and with many
+GROUPS_A_CHUNK = 96  # bounds the memory of the cost matrices to 14 MB each
 
 
 class SortedGroups:
@@ -33,13 +35,13 @@ class SortedGroups:
         self.prefix = torch.nn.functional.pad(moments.cumsum(dim=2), (1, 0))  # [3, groups, n + 1]
 
     def cuts(self, codebook: torch.Tensor) -> torch.Tensor:
-        """Where the interval of each entry of an ascending `codebook` `[groups, k]` begins and ends, `[groups, k + 1]`."""
+        """Where the intervals of an ascending `codebook` `[groups, k]`'s entries begin and end, `[groups, k + 1]`."""
         middles = (codebook[:, 1:] + codebook[:, :-1]) / 2
         inner = torch.searchsorted(self.values, middles.contiguous(), right=True)
         return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=self.values.shape[1])
 
     def interval_moments(self, cuts: torch.Tensor) -> torch.Tensor:
-        """Mass, first and second moment about `centre` between consecutive `cuts` `[groups, k + 1]`: `[3, groups, k]`."""
+        """Mass, first and second moment about `centre` between the `cuts` `[groups, k + 1]`, `[3, groups, k]`."""
         at_cuts = self.prefix.gather(2, cuts.expand(3, -1, -1))
         return at_cuts.diff(dim=2)
 
@@ -56,17 +58,21 @@ class SortedGroups:
 
 
 def _candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
-    """Ascending positions to cut the sorted values at, `[groups, count + 1]`: half of equal count, half of equal width.
+    """Ascending positions to cut the sorted values at, `[groups, count + 1]`: everywhere if there are at most `count`.
 
-    Equal counts resolve the bulk of the distribution, equal widths its tails.
+    Else as densely as the best quantiser with many entries would (Panter and Dite), the cube root of the density. It
+    resolves the bulk of a distribution and its tails alike.
     """
     number, n = groups.values.shape
-    device = groups.values.device
-    by_count = torch.linspace(0, n, count // 2 + 1, device=device).round().long().expand(number, -1)
-    fractions = torch.linspace(0, 1, count - count // 2 + 2, device=device)[1:-1]
-    low, high = groups.values[:, :1], groups.values[:, -1:]
-    by_width = torch.searchsorted(groups.values, low + (high - low) * fractions)
-    return torch.cat([by_count, by_width], dim=1).sort(dim=1).values
+    if n <= count:
+        return torch.arange(n + 1, device=groups.values.device).expand(number, -1)
+    mass = groups.prefix[0].diff(dim=1)
+    # density^(1/3) * gap, with mass / gap for the density
+    steps = ((mass[:, 1:] + mass[:, :-1]) * groups.values.double().diff(dim=1).square()).pow(1 / 3)
+    position = torch.nn.functional.pad(steps.cumsum(dim=1), (1, 0))  # [groups, n]
+    fractions = torch.arange(1, count, device=position.device) / count
+    inner = torch.searchsorted(position, position[:, -1:] * fractions)
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=n)
 
 
 def _optimal_cuts(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Tensor:
@@ -94,33 +100,63 @@ def _optimal_cuts(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Ten
 
 
 def _search_cuts(groups: SortedGroups, k: int) -> torch.Tensor:
-    """Near-optimal cuts into `k` intervals, `[groups, k + 1]`; many are found by splitting those of half as many."""
+    """Near-optimal cuts into `k` intervals, `[groups, k + 1]`."""
     number, n = groups.values.shape
     if k <= DYNAMIC_PROGRAM_CLUSTERS:
-        cuts = _optimal_cuts(groups, _candidate_cuts(groups, min(n, DYNAMIC_PROGRAM_CUTS[number > 1])), k)
+        cuts = _optimal_cuts(groups, _candidate_cuts(groups, DYNAMIC_PROGRAM_CUTS[number > 1]), k)
     else:
-        halves = _search_cuts(groups, (k + 1) // 2)
-        middles = _split_positions(groups, halves)
-        cuts = torch.cat([halves, middles], dim=1).sort(dim=1).values
-        cuts = torch.cat([cuts[:, :k], halves[:, -1:]], dim=1)
-    for reach in REFINEMENT:
-        cuts = _refine(groups, _revive(groups, cuts), reach)
+        cuts = _candidate_cuts(groups, k)
+    for _ in range(ROUNDS):
+        cuts = _exchange(groups, cuts)
+        for reach in REFINEMENT:
+            cuts = _refine(groups, cuts, reach)
     return cuts
 
 
-def _split_positions(groups: SortedGroups, cuts: torch.Tensor) -> torch.Tensor:
-    """Where to split each interval in two, at its mean: `[groups, k]`."""
-    mass, first, _ = groups.interval_moments(cuts)
-    mean = (first / mass.clamp_min(1e-300) + groups.centre).float()
-    middle = torch.searchsorted(groups.values, mean, right=True)
-    return torch.minimum(torch.maximum(middle, cuts[:, :-1]), cuts[:, 1:])
+def _error(moments: torch.Tensor) -> torch.Tensor:
+    """Squared error about the mean of intervals with these moments `[3, ...]`."""
+    mass, first, second = moments
+    return second - first.square() / mass.clamp_min(1e-300)
+
+
+def _exchange(groups: SortedGroups, cuts: torch.Tensor) -> torch.Tensor:
+    """Merge the two neighbours that lose least and split the interval that gains most, as long as that pays.
+
+    This takes an entry from anywhere to anywhere, which no shifting of cuts does. An interval without values costs
+    nothing to merge, so none is left.
+    """
+    k = cuts.shape[1] - 1
+    fractions = torch.tensor(SPLIT_FRACTIONS, device=cuts.device)
+    intervals = torch.arange(k, device=cuts.device)
+    for _ in range(k):
+        at_cuts = groups.prefix.gather(2, cuts.expand(3, -1, -1))
+        error = _error(at_cuts.diff(dim=2))  # [groups, k]
+        loss = _error(at_cuts[:, :, 2:] - at_cuts[:, :, :-2]) - error[:, 1:] - error[:, :-1]  # [groups, k - 1]
+
+        middles = cuts[:, :-1, None] + (cuts.diff(dim=1)[:, :, None] * fractions).round().long()
+        at_middles = groups.prefix.gather(2, middles.flatten(1).expand(3, -1, -1)).view(3, *middles.shape)
+        split = _error(at_middles - at_cuts[:, :, :-1, None]) + _error(at_cuts[:, :, 1:, None] - at_middles)
+        split, where = split.min(dim=2)
+        gain, interval = (error - split).max(dim=1)
+        touches = (intervals[:-1] == interval[:, None]) | (intervals[:-1] == interval[:, None] - 1)
+        loss, merged = loss.masked_fill(touches, float("inf")).min(dim=1)
+
+        pays = gain > loss + 1e-9 * error.sum(dim=1)
+        if not pays.any():
+            break
+        best_middles = middles.gather(2, where[:, :, None])[:, :, 0]
+        new_cut = best_middles.gather(1, interval[:, None])
+        moved = cuts.scatter(1, merged[:, None] + 1, new_cut).sort(dim=1).values
+        cuts = torch.where(pays[:, None], moved, cuts)
+    return cuts
 
 
 def _refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tensor:
     """The best intervals with every cut moved by at most `reach` of the way to its neighbours, `[groups, k + 1]`.
 
     Each cut has a few candidates, the present position among them, and dynamic programming finds their best
-    combination. So cuts can move together, where Lloyd's iteration gets stuck as soon as no single value changes sides.
+    combination. So cuts can move together, where Lloyd's iteration gets stuck as soon as no single value changes its
+    side.
     """
     fractions = reach * torch.tensor(REFINEMENT_OFFSETS, device=cuts.device)
     gaps = cuts.diff(dim=1)  # [groups, k]
@@ -132,7 +168,7 @@ def _refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Ten
 
     at_cuts = groups.prefix.gather(2, candidates.flatten(1).expand(3, -1, -1)).view(3, *candidates.shape)
     mass, first, second = at_cuts[:, :, 1:, None, :] - at_cuts[:, :, :-1, :, None]  # [groups, k, from, to]
-    cost = second - first.square() / mass.clamp_min(1e-300)
+    cost = _error(torch.stack([mass, first, second]))
     cost = cost.masked_fill(candidates[:, 1:, None, :] < candidates[:, :-1, :, None], float("inf"))
     best, choices = cost[:, 0, 0], []
     for step in range(1, cost.shape[1]):
@@ -147,21 +183,6 @@ def _refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Ten
     return candidates.gather(2, inner_choice[:, :, None])[:, :, 0]
 
 
-def _revive(groups: SortedGroups, cuts: torch.Tensor) -> torch.Tensor:
-    """`cuts` `[groups, k + 1]` with every empty interval spent on splitting, at its mean, one with a large error."""
-    starts, ends = cuts[:, :-1], cuts[:, 1:]
-    empty = starts == ends
-    if not empty.any():
-        return cuts
-    mass, first, second = groups.interval_moments(cuts)
-    error = second - first.square() / mass.clamp_min(1e-300)
-    order = error.argsort(dim=1, descending=True, stable=True)  # worst interval first
-    middle = _split_positions(groups, cuts).gather(1, order)
-    which = (empty.cumsum(dim=1) - 1).clamp_min(0)  # the first empty interval takes the worst, and so on
-    starts = torch.where(empty, middle.gather(1, which), starts).sort(dim=1).values
-    return torch.cat([torch.zeros_like(starts[:, :1]), starts[:, 1:], ends[:, -1:]], dim=1)
-
-
 def _distinct_codebook(groups: SortedGroups, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(the first `k` distinct values, the last one repeated; whether these are all), `[groups, k]` and `[groups]`."""
     values = groups.values
@@ -174,8 +195,9 @@ def _distinct_codebook(groups: SortedGroups, k: int) -> tuple[torch.Tensor, torc
 def kmeans_1d(values: torch.Tensor, k: int, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Ascending codebooks `[groups, k]`, float32, near the least weighted squared error on `values` `[groups, n]`.
 
-    Dynamic programming on about a thousand candidate cuts (fewer for many groups), then Lloyd's iteration on all
-    values. A group with at most `k` distinct values gets exactly these, the last one repeated. Deterministic.
+    A group with at most `k` distinct values gets exactly these, the last one repeated; one of at most 192 values gets
+    the optimum for up to 32 clusters. Else the error is up to 1.0002 times the optimum for one group, 1.005 on average
+    for many, and 1.05 for 64 to 256 clusters, as tests/compression/test_clustering.py measures it. Deterministic.
     """
     number, n = values.shape
     if number > GROUPS_A_CHUNK:

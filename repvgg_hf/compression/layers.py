@@ -1,5 +1,7 @@
 """Which layers of a model are quantised, and how."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -14,14 +16,16 @@ def resolve_config(method: str | ClusterConfig | None, bits: int | None, options
     """A [`ClusterConfig`] from the arguments of `quantize` and `prepare_qat`."""
     if isinstance(method, str) or method is None:
         return ClusterConfig(method=method or "cluster", bits=4 if bits is None else bits, **options)
+    if not hasattr(method, "bits_of"):  # no isinstance: it may be of a copy of the code that came with a checkpoint
+        raise ValueError(f"method must be 'cluster', 'uniform' or a ClusterConfig, got {method!r}.")
     if bits is not None or options:
         raise ValueError("Give either a whole ClusterConfig or its arguments, not both.")
-    return method
+    return copy.deepcopy(method)  # saving writes a checksum into the model's own
 
 
 @torch.no_grad()
 def fused_layers(model) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """(the fused convolutions of the blocks of branches, all layers that `model` has once these are in place), by name.
+    """(the fused convolutions of the blocks of branches, all layers once these are in place), both by name.
 
     The model itself is not changed.
     """

@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 @torch.no_grad()
 def quantize_model(model, method=None, bits=None, **options):
-    """See `RepVGGPreTrainedModel.quantize`. Everything is computed first, so that an error leaves `model` unchanged."""
+    """See `RepVGGPreTrainedModel.quantize`. Everything is computed first: an error leaves `model` unchanged."""
     if getattr(model, "is_quantized", False):
         raise ValueError("The model is quantised already: quantise the float model, or call model.dequantize() first.")
     trained = fake_quantizers(model)

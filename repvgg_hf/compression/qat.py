@@ -11,7 +11,7 @@ from .weights import QuantizedWeight, fit_scale, lookup, nearest, segment_means
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The quantised value forward, the gradient unchanged to the kernel backward (also outside the codebook's range)."""
+    """The quantised value forward, the gradient unchanged backward, also for a kernel outside the codebook's range."""
 
     @staticmethod
     def forward(ctx, kernel, quantized):
@@ -70,7 +70,8 @@ class ClusterFakeQuantize(nn.Module):
             self.scale.lerp_(fit_scale(rows, codes, self.codebook, self.scale), 1 - self.momentum)
 
     def extra_repr(self) -> str:
-        return f"codebooks={list(self.codebook.shape)}, channel_scale={self.scale is not None}, momentum={self.momentum}"
+        scale = ", channel_scale" if self.scale is not None else ""
+        return f"codebooks={list(self.codebook.shape)}{scale}, momentum={self.momentum}"
 
 
 class QATConv2d(nn.Conv2d):
@@ -112,13 +113,13 @@ def remove_fake_quantizers(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def prepare_qat(model, method: str | ClusterConfig = "cluster", bits: int | None = 4, **options):
+def prepare_qat(model, method: str | ClusterConfig = "cluster", bits: int | None = None, **options):
     """See `RepVGGPreTrainedModel.prepare_qat`."""
     if getattr(model, "is_quantized", False):
         raise ValueError("The model holds packed codes, which don't train: call model.dequantize() first.")
     if fake_quantizers(model):
         raise ValueError("The model is prepared for QAT already: train it, or call quantize() to freeze it.")
-    config = resolve_config(method, None if isinstance(method, ClusterConfig) else bits, options)
+    config = resolve_config(method, bits, options)
     if config.method != "cluster":
         raise ValueError(f"prepare_qat trains method='cluster', got {config.method!r}.")
     _, layers = fused_layers(model)

@@ -9,11 +9,14 @@ from .clustering import SortedGroups, assign, kmeans_1d
 
 CHANNEL_SCALE_STEPS = 10
 RANGE_CANDIDATES = 100
+TINY = 1e-30  # scale of an all-zero channel: it decodes to nothing, whatever the codebook, and weighs nothing in it
 
 
 @dataclass
 class QuantizedWeight:
-    """`scale[o] * codebook[group(o)][codes[o]]`: uint8 codes `[out, ...]`, codebook `[groups, 2**bits]`, scale `[out]`."""
+    """uint8 `codes` `[out, ...]`, `codebook` `[groups, 2**bits]` and `scale` `[out]` of the weight
+    `scale[o] * codebook[group(o)][codes[o, ...]]`.
+    """
 
     codes: torch.Tensor
     codebook: torch.Tensor
@@ -68,17 +71,41 @@ def fit_clusters(weight: torch.Tensor, k: int, groups: int, config: ClusterConfi
     if not config.channel_scale:
         return kmeans_1d(weight.reshape(groups, -1), k), None
     rows = weight.reshape(weight.shape[0], -1)  # [out, weights a channel]
-    scale = rows.square().mean(dim=1).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    importance = scale.square()[:, None].expand_as(rows).reshape(groups, -1)
-    codebook = kmeans_1d((rows / scale[:, None]).reshape(groups, -1), k, importance)
+    if config.codebook_dtype == "int8" and k == 256:
+        return fit_symmetric_grid(rows, k, groups, search=True)  # every integer has a code: nothing to cluster
+    codebook, scale = start_channel_scale(rows, k, groups)
     codebook, scale = refine_channel_scale(rows, codebook, scale, CHANNEL_SCALE_STEPS)
+    # entries up to 1, far from where float16 ends; up to 127 for int8
+    unit = codebook.abs().amax(dim=1)  # [groups]
+    unit = torch.where(unit > 0, unit, 1.0) / (127 if config.codebook_dtype == "int8" else 1)
+    codebook = codebook / unit[:, None]
+    scale = (scale * unit.repeat_interleave(len(rows) // groups)).clamp_min(TINY)
     if config.codebook_dtype == "int8":
-        unit = codebook.abs().amax(dim=1).clamp_min(1e-30) / 127  # [groups]
-        codebook = (codebook / unit[:, None]).round()
-        scale = scale * unit.repeat_interleave(scale.numel() // groups)
+        codebook = codebook.round()
         scale = fit_scale(rows, nearest(rows, codebook, scale), codebook, scale)
     return codebook, scale
+
+
+def start_channel_scale(rows: torch.Tensor, k: int, groups: int):
+    """Codebooks for `rows` `[out, n]` over their root mean squares, or for the rows as they are if that fits better.
+
+    The root mean square makes channels alike, unless it hangs on a few outliers that only some of them have.
+    """
+    deviation = rows.square().mean(dim=1).sqrt().clamp_min(TINY)
+    scales = [deviation, torch.where(deviation > TINY, 1.0, TINY)]
+    if groups == len(rows):  # a channel alone: its scale changes nothing
+        scales = scales[:1]
+    codebooks, errors = [], []
+    for scale in scales:
+        importance = scale.square()[:, None].expand_as(rows).reshape(groups, -1)
+        codebook = kmeans_1d((rows / scale[:, None]).reshape(groups, -1), k, importance)
+        decoded = lookup(nearest(rows, codebook, scale), codebook, scale)
+        errors.append((decoded - rows).square().reshape(groups, -1).sum(dim=1))
+        codebooks.append(codebook)
+    best = torch.stack(errors).argmin(dim=0)  # [groups]
+    codebook = torch.stack(codebooks)[best, torch.arange(groups, device=rows.device)]
+    best = best.repeat_interleave(len(rows) // groups)
+    return codebook, torch.stack(scales)[best, torch.arange(len(rows), device=rows.device)]
 
 
 def refine_channel_scale(rows: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor, steps: int):
@@ -96,10 +123,11 @@ def segment_means(rows: torch.Tensor, codes: torch.Tensor, codebook: torch.Tenso
     scale = torch.ones(rows.shape[0], device=rows.device) if scale is None else scale
     group = torch.arange(rows.shape[0], device=rows.device) * groups // rows.shape[0]
     index = (codes.reshape(rows.shape).long() + group[:, None] * k).view(-1)
-    # the least squares entry of sum_i (w_i - s_i c)^2
+    # the least squares entry of sum_i (w_i - s_i c)^2; in float64, as a GPU adds in any order and ranks should agree
+    scale = scale.double()
     numerator = torch.bincount(index, (rows * scale[:, None]).reshape(-1), groups * k)
     denominator = torch.bincount(index, scale.square()[:, None].expand_as(rows).reshape(-1), groups * k)
-    means = torch.where(denominator > 0, numerator / denominator.clamp_min(1e-30), codebook.reshape(-1))
+    means = torch.where(denominator > 0, numerator / denominator.clamp_min(1e-300), codebook.reshape(-1).double())
     return means.view(groups, k).to(codebook.dtype)
 
 
@@ -110,50 +138,63 @@ def fit_scale(rows: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, s
     return torch.where(fitted > 0, fitted, scale)
 
 
+def fit_symmetric_grid(sets_of_weights: torch.Tensor, k: int, groups: int, search: bool):
+    """`groups` times the integers `-k/2 .. k/2 - 1` (for k = 2: -1 and 1), and a step for each set in `[sets, n]`.
+
+    The step takes in every weight, or with `search` it has the least squared error.
+    """
+    grid = torch.arange(k, dtype=torch.float32) - k // 2 if k > 2 else torch.tensor([-1.0, 1.0])
+    grid = grid.to(sets_of_weights.device)
+    sets = SortedGroups(sets_of_weights)
+    step = sets.values.abs().amax(dim=1).clamp_min(TINY) / grid[-1]
+    if search:
+        step = step * search_ratio(sets, lambda ratio: (step * ratio)[:, None] * grid, torch.ones_like(step))
+    return grid.repeat(groups, 1), step
+
+
 def fit_uniform(weight: torch.Tensor, k: int, groups: int, config: ClusterConfig):
     """Evenly spaced codebooks `[groups, k]` and, with `channel_scale`, integers in them and a step for each channel.
 
-    The symmetric grid is `step * (-k/2 .. k/2 - 1)`, for k = 2 `step * (-1, 1)`; the affine one goes from low to high.
-    `"mse"` searches the step, or both ends in turn, for the least squared error.
+    The symmetric grid is that of [`fit_symmetric_grid`]; the affine one goes from low to high. `"mse"` searches the
+    step, or both ends in turn, for the least squared error.
     """
+    search = config.range_method == "mse"
+    if config.symmetric and config.channel_scale:
+        return fit_symmetric_grid(weight.reshape(weight.shape[0], -1), k, groups, search)
     if config.symmetric:
-        grid = torch.arange(k, device=weight.device, dtype=torch.float32) - k // 2 if k > 2 else torch.tensor([-1.0, 1.0])
-        grid = grid.to(weight.device)
-        sets = SortedGroups(weight.reshape(weight.shape[0] if config.channel_scale else groups, -1))
-        largest = sets.values.abs().amax(dim=1)
-        step = torch.where(largest > 0, largest, 1.0) / grid[-1].clamp_min(1)
-        if config.range_method == "mse":
-            step = search_range(sets, step, step * 0.01, lambda step: step[:, None] * grid)
-        if config.channel_scale:
-            return grid.repeat(groups, 1), step
-        return step[:, None] * grid, None
+        grid, step = fit_symmetric_grid(weight.reshape(groups, -1), k, groups, search)
+        return grid * step[:, None], None
     sets = SortedGroups(weight.reshape(groups, -1))
     low, high = sets.values[:, 0], sets.values[:, -1]
     fractions = torch.linspace(0, 1, k, device=weight.device)
+    middle = sets.centre[:, 0].float()
 
-    def grid_between(low, high):
-        return low[:, None] + (high - low)[:, None] * fractions
+    def grid(low_ratio, high_ratio):
+        first, last = torch.lerp(middle, low, low_ratio), torch.lerp(middle, high, high_ratio)
+        return first[:, None] + (last - first)[:, None] * fractions
 
-    if config.range_method == "mse":
-        middle = sets.means(sets.cuts(low[:, None]), low[:, None])[:, 0]
+    low_ratio = high_ratio = torch.ones_like(low)
+    if search:
+        low_ratio = high_ratio = search_ratio(sets, lambda ratio: grid(ratio, ratio), low_ratio)
         for _ in range(3):
-            low = search_range(sets, low, middle, lambda low: grid_between(low, high))  # noqa: B023
-            high = search_range(sets, high, middle, lambda high: grid_between(low, high))  # noqa: B023
-    return grid_between(low, high), None
+            low_ratio = search_ratio(sets, lambda ratio: grid(ratio, high_ratio), low_ratio)  # noqa: B023
+            high_ratio = search_ratio(sets, lambda ratio: grid(low_ratio, ratio), high_ratio)  # noqa: B023
+    return grid(low_ratio, high_ratio), None
 
 
-def search_range(sets: SortedGroups, start: torch.Tensor, end: torch.Tensor, codebook_of) -> torch.Tensor:
-    """For each group the value from `start` to just before `end` whose codebook has the least error.
+def search_ratio(sets: SortedGroups, codebook_of, ratio: torch.Tensor) -> torch.Tensor:
+    """For each set the ratio from 0.01 to 1 whose codebook has the least error; it is no worse than the given `ratio`.
 
-    The candidates approach `end` geometrically, then once more finely around the best.
+    The candidates are spaced geometrically, then once more finely around the best.
     """
-    ratios = torch.logspace(0, -2, RANGE_CANDIDATES, device=start.device)
-    fine = torch.linspace(0.955, 1.045, 31, device=start.device)
-    best, ratio = sets.error(codebook_of(start)), torch.ones_like(start)
-    for candidates in (ratios[:, None].expand(-1, len(start)), fine[:, None]):
-        around = torch.ones_like(ratio) if candidates.shape[1] > 1 else ratio
-        for candidate in (candidates * around).clamp_max(1):
-            error = sets.error(codebook_of(end + (start - end) * candidate))
+    best = sets.error(codebook_of(ratio))
+    coarse = torch.logspace(0, -2, RANGE_CANDIDATES, device=ratio.device)
+    fine = torch.linspace(0.955, 1.045, 31, device=ratio.device)
+    for factors in (coarse, fine):
+        centre = ratio if factors is fine else torch.ones_like(ratio)
+        for factor in factors:
+            candidate = (centre * factor).clamp_max(1)
+            error = sets.error(codebook_of(candidate))
             ratio = torch.where(error < best, candidate, ratio)
             best = torch.minimum(error, best)
-    return end + (start - end) * ratio
+    return ratio
