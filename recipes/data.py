@@ -16,18 +16,23 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default="digits",
-        metadata={"help": "'digits' (scikit-learn's, embedded), a dataset on the Hub, or a local folder of parquet files."},
+        metadata={
+            "help": "'digits' (scikit-learn's, embedded), a dataset on the Hub, or a local folder of parquet files."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
-    train_val_split: float = field(default=0.2, metadata={"help": "Share to hold out if there is no evaluation split."})
+    train_val_split: float = field(
+        default=0.2, metadata={"help": "Share to hold out if there is no evaluation split."}
+    )
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the square that the model sees; default the model's, or 8 for digits."}
+        default=None,
+        metadata={"help": "Side of the square that the model sees; default the model's, or 8 for digits."},
     )
     augmentation: str = field(default="crop", metadata={"help": f"One of {', '.join(AUGMENTATIONS)}."})
 
@@ -66,7 +71,9 @@ def load_splits(args: DataArguments, seed: int = 0, train: bool = True) -> Datas
         splits = load_dataset("imagefolder", data_files={k: f"{v}/**" for k, v in folders.items() if v})
     held_out = next((name for name in ("validation", "test", "valid") if name in splits), None)
     if "train" not in splits and (train or held_out is None):
-        raise ValueError(f"The dataset has no 'train' split, only {', '.join(splits)}: give --train_dir or another one.")
+        raise ValueError(
+            f"The dataset has no 'train' split, only {', '.join(splits)}: give --train_dir or another one."
+        )
     check_columns(next(iter(splits.values())), args)
     if not isinstance(next(iter(splits.values())).features[args.label_column_name], ClassLabel):
         splits = splits.class_encode_column(args.label_column_name)

@@ -1,7 +1,7 @@
 """Evaluate a float or quantised checkpoint: top-1, top-5, loss, size on disk, bits per weight.
 
-    python recipes/evaluate.py --model_name_or_path outputs/train
-    python recipes/evaluate.py --model_name_or_path outputs/ptq/cluster-w4 --output_json results.json
+python recipes/evaluate.py --model_name_or_path outputs/train
+python recipes/evaluate.py --model_name_or_path outputs/ptq/cluster-w4 --output_json results.json
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> dict:
         "bytes": checkpoint_bytes(folder),
         "bits_per_weight": bits_per_weight(model),
     }
-    print_table(f"{name} on {len(dataset)} images", [{k: v for k, v in record.items() if k not in ("command", "images")}])
+    print_table(
+        f"{name} on {len(dataset)} images", [{k: v for k, v in record.items() if k not in ("command", "images")}]
+    )
     if checkpoint.output_json is not None:
         write_json(checkpoint.output_json, record)
     return record

@@ -14,7 +14,9 @@ from repvgg_hf import RepVGGConfig
 class ModelArguments:
     """Which model to start from. Without `--model_name_or_path`, a new one."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint folder or Hub id to start from."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder or Hub id to start from."}
+    )
     variant: str | None = field(default=None, metadata={"help": "A published variant, a0 to d2se, for a new model."})
     stem_hidden_size: int = field(default=32, metadata={"help": "Width of the stem (new model without --variant)."})
     hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Width of each stage."})

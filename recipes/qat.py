@@ -81,7 +81,9 @@ def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (model_args, data_args, args), arguments = parse_arguments((ModelArguments, DataArguments, QATArguments), arguments)
+    (model_args, data_args, args), arguments = parse_arguments(
+        (ModelArguments, DataArguments, QATArguments), arguments
+    )
     quantization_config = args.quantization_config()  # a bad option shall not cost the float training
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -122,7 +124,9 @@ def main(arguments: list[str] | None = None) -> dict:
 
     # 3. train on with quantised weights, still with branches
     model.prepare_qat(quantization_config)
-    model = train_phase(accelerator, model, train_set, "qat", args.num_train_epochs, args.learning_rate, output_dir, args)
+    model = train_phase(
+        accelerator, model, train_set, "qat", args.num_train_epochs, args.learning_rate, output_dir, args
+    )
     qat_logits = predict(accelerator, model, validation)
 
     # 4. freeze, pack, save

@@ -17,7 +17,9 @@ from arguments import parse_arguments
 from results import write_json
 
 NETWORK = "--stem_hidden_size 32 --hidden_sizes 48 96 192 256 --depths 2 4 4 1 --strides 2 2 2 2 --image_size 32"
-TRAINING = "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
+TRAINING = (
+    "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
+)
 QUANTIZATION = "--bits 8 6 4 3 --methods uniform cluster --granularities per_tensor per_channel"
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 
@@ -41,7 +43,11 @@ class StudyArguments:
 
 def run_recipe(name: str, options: str, args: StudyArguments, **more) -> None:
     """Run another recipe with `options`, the study's data and `more` options."""
-    data = {"dataset_name": args.dataset_name, "seed": args.seed, "dataloader_num_workers": args.dataloader_num_workers}
+    data = {
+        "dataset_name": args.dataset_name,
+        "seed": args.seed,
+        "dataloader_num_workers": args.dataloader_num_workers,
+    }
     data |= {"image_column_name": args.image_column_name, "label_column_name": args.label_column_name}
     data |= {"max_eval_samples": args.max_eval_samples}
     command = [sys.executable, str(Path(__file__).with_name(name)), *options.split()]
@@ -89,6 +95,22 @@ def markdown(record: dict) -> str:
         if len(kernels[0]["shape"]) == 4:
             figures = " | ".join(f"{kernel['kurtosis']:.1f} | {kernel['max_over_std']:.1f}" for kernel in kernels)
             lines.append(f"| {kernels[0]['name'].removeprefix('repvgg.')} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(record: dict) -> str:
+    """A short table for the README: the granularities side by side left out, the kernels' range of kurtosis put in."""
+    norms = record["norms"]
+    lines = ["| " + record["dataset"] + ", top-1 | " + " | ".join(norms) + " |", "|---|" + "---|" * len(norms)]
+    for rows in zip(*(norm["results"] for norm in norms.values())):
+        if rows[0]["model"] == "float" or rows[0]["model"].endswith(("-w8", "-w4", "-w3")):
+            accuracies = " | ".join(f"{row['top1']:.1f}" for row in rows)
+            lines.append(f"| {rows[0]['model']} | {accuracies} |")
+    ranges = []
+    for norm in norms.values():
+        kurtosis = [kernel["kurtosis"] for kernel in norm["kernels"] if len(kernel["shape"]) == 4]
+        ranges.append(f"{min(kurtosis):.0f} to {max(kurtosis):.0f}")
+    lines.append("| kurtosis of the fused kernels | " + " | ".join(ranges) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -70,6 +70,8 @@ class RepVGGLayer(GradientCheckpointingLayer):
             else nn.Identity()
         )
         self.activation = ACT2FN[config.hidden_act]
+        if isinstance(self.activation, nn.ReLU):
+            self.activation.inplace = True  # nothing before it needs its output for the gradient
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.activation(self.attention(self.conv(hidden_states)))
@@ -204,6 +206,9 @@ class RepVGGPreTrainedModel(PreTrainedModel):
                 "damaged. Download or save it again."
             ) from error
         check_checkpoint_form(info["missing_keys"], info["unexpected_keys"], model.config.deploy)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # as the input, so that no call has to rearrange the kernel
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         requested = kwargs.get("quantization_config")
         if isinstance(requested, ClusterConfig) and requested.decode != model.config.quantization_config.decode:
             model.decode_weights(on_the_fly=requested.decode == "on_the_fly")

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
@@ -141,8 +140,10 @@ class ClusterConfig(QuantizationConfigMixin):
 
     def bits_of(self, name: str) -> int:
         """The bits of the layer called `name`."""
-        matches = [key for key in self.bits_overrides if _is_within(name, key)]
-        return self.bits_overrides[max(matches, key=len)] if matches else self.bits
+        matches = {
+            key.removeprefix("repvgg."): bits for key, bits in self.bits_overrides.items() if _is_within(name, key)
+        }
+        return matches[max(matches, key=len)] if matches else self.bits
 
     def converts(self, name: str) -> bool:
         """Whether the layer called `name` is quantised."""
@@ -220,17 +221,24 @@ class ClusterLayer(nn.Module):
         return unpack_codes(self.weight_codes, self.bits, self.weight_numel).view(self.weight_shape)
 
     def decoded(self) -> torch.Tensor:
-        """The weight, computed in float32 and returned in the layer's dtype."""
-        codes = self.codes().view(self.groups, -1)
+        """The weight, computed in float32 and returned in the layer's dtype; a kernel has its channels last."""
+        codes = self.codes()
+        if codes.dim() == 4:  # rearranged as codes, a quarter of the bytes
+            codes = codes.permute(0, 2, 3, 1).contiguous()
         codebook = self.weight_codebook.float()
         if self.groups == 1:
             weight = codebook[0].index_select(0, codes.view(-1).int())
         else:
-            weight = codebook.gather(1, codes.long())
-        weight = weight.view(self.weight_shape)
+            weight = codebook.gather(1, codes.view(self.groups, -1).long())
+        weight = weight.view(codes.shape)
         if self.weight_scale is not None:
-            weight = weight * self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
-        return weight.to(self.compute_dtype)
+            weight *= self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
+        weight = weight.to(self.compute_dtype)
+        return weight.permute(0, 3, 1, 2) if weight.dim() == 4 else weight
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
 
     def refresh(self):
         """Decode the dense weight again from the codes; call it after changing them."""
@@ -439,6 +447,8 @@ class ClusterQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model):
+        from transformers.integrations.accelerate import load_offloaded_parameter  # rarely needed, and internal
+
         # in config.json, which is written next: safetensors writes several metadata keys in random order, and saving
         # the same model twice shall give the same bytes
         tensors = (

@@ -12,7 +12,7 @@ the equivalent kernel, analysis) works on these two and never asks which network
 import copy
 import re
 from functools import reduce
-from operator import add
+from operator import add, iadd
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +224,8 @@ class ReparamConv2d(nn.Module):
 
     def _sum_of_branches(self, x: torch.Tensor) -> torch.Tensor:
         bounds = self.bounds()
-        return reduce(add, (branch(x, bounds[name]) for name, branch in self.branches.items()))
+        # in place: batch norm's gradient needs its input, not its output
+        return reduce(iadd, (branch(x, bounds[name]) for name, branch in self.branches.items()))
 
     @torch.no_grad()
     def fuse(self, tolerance: float = 1e-4) -> nn.Conv2d:
@@ -239,7 +240,8 @@ class ReparamConv2d(nn.Module):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.kernel_size[0] // 2,
             groups=self.groups, device="meta",
         )  # fmt: skip
-        conv.weight, conv.bias = nn.Parameter(kernel), nn.Parameter(bias)
+        conv.weight = nn.Parameter(kernel.contiguous(memory_format=torch.channels_last))
+        conv.bias = nn.Parameter(bias)
         # checked in float64 on the CPU: a GPU may run float32 convolutions in TF32, too coarse
         sample = torch.randn(2, self.in_channels, 4, 4, generator=torch.Generator().manual_seed(0)).double()
         expected = block.to("cpu", torch.float64)._sum_of_branches(sample)

@@ -49,8 +49,8 @@ def randomize_batch_norms():
             if isinstance(norm, nn.BatchNorm2d):
                 signs = torch.randint(0, 2, norm.weight.shape, generator=generator) * 2 - 1
                 norm.weight.uniform_(0.3, 0.8, generator=generator).mul_(signs)
-                norm.bias.normal_(0, 0.2, generator=generator)
-                norm.running_mean.normal_(0, 0.2, generator=generator)
+                norm.bias.normal_(0, 0.25, generator=generator)
+                norm.running_mean.normal_(0, 0.25, generator=generator)
                 norm.running_var.uniform_(0.5, 2, generator=generator)
         return model
 

@@ -128,9 +128,9 @@ def interrupt(*args):
 FAILURES = {
     "NaN": ({}, r"The weight of 'classifier' has 1 NaN or infinite entries", ValueError),
     "NaN in a branch": ({}, r"Block 'repvgg.encoder.stages.1.layers.1.conv' can't be fused", ValueError),
-    "group_size": ({"granularity": "per_group", "group_size": 3}, r"group_size=3 does not divide the 8 output", ValueError),
+    "group_size": ({"granularity": "per_group", "group_size": 3}, r"group_size=3 does not divide", ValueError),
     "unknown layer": ({"bits_overrides": {"head": 8}}, r"bits_overrides names 'head', which is no", ValueError),
-    "interrupt": ({}, "", KeyboardInterrupt),
+    "interrupt": ({}, None, KeyboardInterrupt),
 }  # fmt: skip
 
 
@@ -156,12 +156,12 @@ def test_an_error_leaves_the_model_as_it_was(failure, form, model, pixel_values,
             return quantize_layer(*args) if len(calls) < 4 else interrupt()
 
         monkeypatch.setattr(ptq, "quantize_layer", interrupted)
-    modules = {name: module for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
     with pytest.raises(error, match=message):
         model.quantize(bits=4, **options)
-    assert {name: module for name, module in model.named_modules()} == modules
+    assert dict(model.named_modules()) == modules
     assert model.config.to_dict() == config and not getattr(model, "is_quantized", False)
     after = model.state_dict()
     assert all(torch.equal(after[name].nan_to_num(7), tensor.nan_to_num(7)) for name, tensor in state.items())
@@ -220,17 +220,19 @@ def test_more_clusters_than_weights_lose_nothing_and_say_so(tiny_config, pixel_v
 
 
 def test_a_bfloat16_model_stays_one_and_keeps_its_codebooks_exact(model, pixel_values, relative_error):
-    model.reparameterize()
-    in_float32 = copy.deepcopy(model).quantize(bits=4)
-    model.to(torch.bfloat16).quantize(bits=4)
-    layers, expected = cluster_layers(model), cluster_layers(in_float32)
-    for name, layer in layers.items():
+    model.reparameterize().to(torch.bfloat16)
+    in_float32 = copy.deepcopy(model).float().quantize(bits=4)
+    model.quantize(bits=4)
+    expected = cluster_layers(in_float32)
+    for name, layer in cluster_layers(model).items():
         assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
-        assert layer.weight_codebook.dtype == torch.float16 and layer.weight_scale.dtype == torch.float32
-        assert relative_error(layer.weight, expected[name].weight) < 0.05
+        for stored in ("weight_codes", "weight_codebook", "weight_scale"):
+            assert getattr(layer, stored).dtype == getattr(expected[name], stored).dtype
+            assert torch.equal(getattr(layer, stored), getattr(expected[name], stored))
+        assert torch.equal(layer.weight, expected[name].weight.bfloat16())
     output = logits(model, pixel_values.bfloat16())
     assert output.dtype == torch.bfloat16
-    assert relative_error(output, logits(in_float32, pixel_values)) < 0.1
+    assert relative_error(output, logits(in_float32, pixel_values)) < 0.05
 
 
 def test_branches_in_bfloat16_are_fused_and_quantised(model, pixel_values, relative_error):

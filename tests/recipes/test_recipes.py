@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT_TRAINING = "--num_train_epochs 2 --max_train_samples 640 --hidden_sizes 16 32 --depths 1 1".split()
-SHORT_QAT = "--num_float_epochs 2 --num_train_epochs 2 --max_train_samples 640 --hidden_sizes 16 32 --depths 1 1".split()
+SHORT_QAT = (
+    "--num_float_epochs 2 --num_train_epochs 2 --max_train_samples 640 --hidden_sizes 16 32 --depths 1 1".split()
+)
 
 
 def run(*command, expect: int = 0, **environment) -> str:
@@ -37,7 +39,9 @@ def trained(tmp_path_factory):
 def test_train_writes_a_checkpoint_and_its_figures(trained):
     figures = json.loads((trained / "train_results.json").read_text())
     assert figures["eval_top1"] > 50 and figures["command"][0] == "recipes/train.py"
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {
+        path.name for path in trained.iterdir()
+    }
 
 
 def test_train_resumes_to_the_same_weights(trained, tmp_path):
@@ -157,9 +161,8 @@ def test_qat_on_two_processes(tmp_path):
 
 
 def test_study_makes_its_tables_from_its_json(tmp_path):
-    from sklearn.datasets import load_digits
-
     from datasets import ClassLabel, Dataset, Features, Image
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     features = Features({"img": Image(), "label": ClassLabel(num_classes=10)})
@@ -180,3 +183,16 @@ def test_study_makes_its_tables_from_its_json(tmp_path):
             assert f"{row['top1']:.2f}" in table
         for kernel in record["norms"][norm]["kernels"][:-1]:
             assert f"{kernel['kurtosis']:.1f} | {kernel['max_over_std']:.1f}" in table
+
+
+def test_committed_tables_are_made_from_the_committed_json():
+    root = RECIPES.parent
+    script = (
+        "import json, study\n"
+        "record = json.load(open('../model_cards/oabn_study.json'))\n"
+        "print(json.dumps([study.markdown(record), study.summary(record)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=RECIPES, capture_output=True, text=True, check=True)
+    table, short = json.loads(done.stdout.splitlines()[-1])
+    assert (root / "model_cards" / "oabn_study.md").read_text() == table
+    assert f"<!-- study -->\n{short}<!-- /study -->" in (root / "README.md").read_text()
