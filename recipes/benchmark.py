@@ -12,9 +12,6 @@ JSON file has every single time. Needs timm.
 import platform
 import sys
 
-import benchmarks.inference
-import benchmarks.load
-import benchmarks.train_step
 import timm
 import torch
 import transformers
@@ -22,6 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 
+import benchmarks.inference
+import benchmarks.load
+import benchmarks.train_step
 import repvgg_hf
 from results import write_json
 

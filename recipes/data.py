@@ -23,9 +23,7 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
-    train_val_split: float = field(
-        default=0.2, metadata={"help": "Share to hold out if there is no evaluation split."}
-    )
+    train_val_split: float = field(default=0.2, metadata={"help": "Share to hold out if there is no evaluation split."})
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})

@@ -7,16 +7,16 @@ python recipes/evaluate.py --model_name_or_path outputs/ptq/cluster-w4 --output_
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arguments import parse_arguments
-from data import DataArguments
-from evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
 from huggingface_hub import snapshot_download
-from modeling import build_processor
-from results import print_table, write_json
 from transformers import AutoModelForImageClassification
 
 import repvgg_hf  # noqa: F401  registers RepVGG with the Auto classes
+from arguments import parse_arguments
+from data import DataArguments
+from evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
+from modeling import build_processor
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from results import print_table, write_json
 
 
 @dataclass

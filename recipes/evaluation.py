@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from transformers import Trainer, TrainingArguments
+
 from data import DataArguments, collate, label_names, load_splits, with_pixel_values
 from metrics import trainer_accuracies
-from transformers import Trainer, TrainingArguments
 
 
 @dataclass

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
-from data import DataArguments, make_processor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import repvgg_hf
+from data import DataArguments, make_processor
 from repvgg_hf import RepVGGConfig
 
 

@@ -9,15 +9,15 @@ import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoModelForImageClassification
+
+import repvgg_hf
 from arguments import parse_arguments
 from data import DataArguments
 from evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
 from modeling import build_processor
-from results import print_table, write_json
-from transformers import AutoModelForImageClassification
-
-import repvgg_hf
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from results import print_table, write_json
 
 
 @dataclass

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification
+
+import repvgg_hf
 from arguments import parse_arguments
 from data import DataArguments, collate, label_names, load_splits, with_pixel_values
 from metrics import accuracies
 from modeling import ModelArguments, build_model, build_processor
-from results import print_table, write_json
-from torch.utils.data import DataLoader
-from training import PhaseArguments, predict, train_phase
-from transformers import AutoModelForImageClassification
-
-import repvgg_hf
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from results import print_table, write_json
+from training import PhaseArguments, predict, train_phase
 
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 
@@ -81,9 +81,7 @@ def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (model_args, data_args, args), arguments = parse_arguments(
-        (ModelArguments, DataArguments, QATArguments), arguments
-    )
+    (model_args, data_args, args), arguments = parse_arguments((ModelArguments, DataArguments, QATArguments), arguments)
     quantization_config = args.quantization_config()  # a bad option shall not cost the float training
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(

@@ -12,12 +12,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import Trainer, TrainingArguments, set_seed
+
 from arguments import parse_arguments
 from data import DataArguments, collate, label_names, load_splits, with_pixel_values
 from metrics import trainer_accuracies
 from modeling import ModelArguments, build_model, build_processor, build_sgd
 from results import write_json
-from transformers import Trainer, TrainingArguments, set_seed
 
 
 @dataclass

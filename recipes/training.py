@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from data import collate
-from modeling import build_sgd
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import repvgg_hf
+from data import collate
+from modeling import build_sgd
 
 
 @dataclass

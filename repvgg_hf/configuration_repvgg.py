@@ -150,9 +150,7 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_groups(self):
         """`groups` divides every stage's width, as grouped layers exist in each stage."""
         if self.groups < 1 or any(size % self.groups for size in self.hidden_sizes):
-            raise ValueError(
-                f"groups={self.groups} must divide every entry of hidden_sizes={list(self.hidden_sizes)}."
-            )
+            raise ValueError(f"groups={self.groups} must divide every entry of hidden_sizes={list(self.hidden_sizes)}.")
 
     def validate_oabn(self):
         """`oabn_threshold` is a positive number of standard deviations."""

@@ -190,9 +190,7 @@ class ClusterLayer(nn.Module):
         on_the_fly: decode in every forward pass instead of keeping a dense `weight` beside the codes.
     """
 
-    def __init__(
-        self, layer: nn.Module, bits: int, groups: int, channel_scale: bool, codebook_dtype, on_the_fly=False
-    ):
+    def __init__(self, layer: nn.Module, bits: int, groups: int, channel_scale: bool, codebook_dtype, on_the_fly=False):
         super().__init__()
         self.weight_shape = tuple(layer.weight.shape)
         self.weight_numel = layer.weight.numel()

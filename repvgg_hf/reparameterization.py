@@ -176,9 +176,7 @@ class ReparamConv2d(nn.Module):
                     self.branches[key] = IdentityBranch(out_channels, groups, eps, momentum)
                 continue
             if max(size) > kernel_size:
-                raise ValueError(
-                    f"Branch {name!r} is larger than the {kernel_size}x{kernel_size} block it is part of."
-                )
+                raise ValueError(f"Branch {name!r} is larger than the {kernel_size}x{kernel_size} block it is part of.")
             self.branches[key] = ConvBranch(in_channels, out_channels, size, stride, groups, eps, momentum)
             if size == self.kernel_size:
                 self.dense_names.append(key)

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from repvgg_hf import RepVGGConfig
@@ -40,7 +41,7 @@ def tiny_config():
 def randomize_batch_norms():
     """`randomize_batch_norms(model, generator)`: statistics and parameters as after some training.
 
-    Gammas of both signs. The sizes keep activations near one through the 47 layers of D2se: its gates saturate else.
+    Gammas of both signs; means and biases of a quarter leave the image its say in the output of deep models.
     """
 
     @torch.no_grad()
@@ -55,6 +56,27 @@ def randomize_batch_norms():
         return model
 
     return randomize
+
+
+@pytest.fixture(scope="session")
+def keep_signal():
+    """`keep_signal(model, layer_class)`: normalise every layer's output.
+
+    Random weights and statistics let a deep model forget its input, whose logits would then agree with anything's; in
+    D2se they saturate the gates. Between normalised layers an error of 1 % in an early kernel moves the logits by 0.02
+    to 17 % (measured on A0, B0, B1g4 and D2se).
+    """
+
+    def normalize(module, inputs, output):
+        return F.layer_norm(output, output.shape[1:])
+
+    def keep(model: nn.Module, layer_class: type) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, layer_class):
+                module.register_forward_hook(normalize)
+        return model
+
+    return keep
 
 
 @pytest.fixture(scope="session")

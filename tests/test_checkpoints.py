@@ -10,9 +10,7 @@ from transformers import AutoModelForImageClassification, modeling_utils
 from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.modeling_repvgg import check_checkpoint_form
 
-TRAIN_INTO_DEPLOY = (
-    r"train-form checkpoint .* the model is fused \(deploy=True\).*deploy=False, then call model.repara"
-)
+TRAIN_INTO_DEPLOY = r"train-form checkpoint .* the model is fused \(deploy=True\).*deploy=False, then call model.repara"
 DEPLOY_INTO_TRAIN = r"fused checkpoint .* the model has branches \(deploy=False\).*with deploy=True"
 
 

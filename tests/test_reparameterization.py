@@ -75,9 +75,7 @@ class TestFusion:
         assert relative_error(bias, measured_bias) < 1e-5
 
     @pytest.mark.parametrize("oabn_threshold", [None, 1.0], ids=["bn", "oabn"])
-    @pytest.mark.parametrize(
-        "shape", [(8, 8, 1, 1), (8, 8, 2, 1), (8, 8, 2, 4), (8, 12, 1, 2), (4, 16, 2, 1)], ids=str
-    )
+    @pytest.mark.parametrize("shape", [(8, 8, 1, 1), (8, 8, 2, 1), (8, 8, 2, 4), (8, 12, 1, 2), (4, 16, 2, 1)], ids=str)
     @pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
     def test_fused_output_is_the_branches_output(
         self, make_block, relative_error, generator, branches, shape, oabn_threshold

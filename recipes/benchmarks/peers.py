@@ -2,7 +2,7 @@
 
 import timm
 import torch
-from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 
 from repvgg_hf import RepVGGForImageClassification
 

@@ -55,8 +55,10 @@ class ClusterFakeQuantize(nn.Module):
     def forward(self, kernel: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             codebook = self.stored_codebook().float()
-            quantized = lookup(nearest(kernel.float(), codebook, self.scale), codebook, self.scale)
-        return _StraightThrough.apply(kernel, quantized.to(kernel.dtype))
+            quantized = lookup(nearest(kernel.float(), codebook, self.scale), codebook, self.scale).to(kernel.dtype)
+            if kernel.dim() == 4:  # the layout of the layer that it becomes: both add in the same order
+                quantized = quantized.contiguous(memory_format=torch.channels_last)
+        return _StraightThrough.apply(kernel, quantized)
 
     @torch.no_grad()
     def update(self, kernel: torch.Tensor) -> None:

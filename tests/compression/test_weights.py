@@ -88,9 +88,7 @@ def test_a_channel_scale_never_hurts(method, granularity, bits, weight):
 
 def test_a_channel_scale_pays_where_channels_differ(generator):
     weight = torch.randn(12, 6, 3, 3, generator=generator) * 2.0 ** torch.arange(12).view(-1, 1, 1, 1)
-    plain, scaled = (
-        quantize(weight, bits=3, channel_scale=scale, codebook_dtype="float32") for scale in (False, True)
-    )
+    plain, scaled = (quantize(weight, bits=3, channel_scale=scale, codebook_dtype="float32") for scale in (False, True))
     relative = [
         ((quantized.decoded() - weight).square().sum(dim=(1, 2, 3)) / weight.square().sum(dim=(1, 2, 3)))
         for quantized in (plain, scaled)
@@ -221,9 +219,7 @@ def test_uniform_quantisation_of_nothing_is_nothing():
 def test_a_codebook_that_float16_cannot_hold():
     layer = torch.nn.Linear(8, 12)
     torch.nn.init.uniform_(layer.weight, -1e6, 1e6)
-    with pytest.raises(
-        ValueError, match=r"'head' can't be quantised.*does not fit float16: set channel_scale=True or"
-    ):
+    with pytest.raises(ValueError, match=r"'head' can't be quantised.*does not fit float16: set channel_scale=True or"):
         quantize_layer("head", layer, config_of(channel_scale=False))
     for fix in ({"channel_scale": True}, {"channel_scale": False, "codebook_dtype": "float32"}):
         weight = quantize_layer("head", layer, config_of(bits=8, **fix)).decoded()

@@ -13,10 +13,19 @@ import pytest
 from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHORT_TRAINING = "--num_train_epochs 2 --max_train_samples 640 --hidden_sizes 16 32 --depths 1 1".split()
-SHORT_QAT = (
-    "--num_float_epochs 2 --num_train_epochs 2 --max_train_samples 640 --hidden_sizes 16 32 --depths 1 1".split()
-)
+SHORT_TRAINING = [
+    "--num_train_epochs",
+    "2",
+    "--max_train_samples",
+    "640",
+    "--hidden_sizes",
+    "16",
+    "32",
+    "--depths",
+    "1",
+    "1",
+]
+SHORT_QAT = ["--num_float_epochs", "2", *SHORT_TRAINING]
 
 
 def run(*command, expect: int = 0, **environment) -> str:
@@ -39,9 +48,7 @@ def trained(tmp_path_factory):
 def test_train_writes_a_checkpoint_and_its_figures(trained):
     figures = json.loads((trained / "train_results.json").read_text())
     assert figures["eval_top1"] > 50 and figures["command"][0] == "recipes/train.py"
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {
-        path.name for path in trained.iterdir()
-    }
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {path.name for path in trained.iterdir()}
 
 
 def test_train_resumes_to_the_same_weights(trained, tmp_path):
@@ -89,7 +96,7 @@ def test_arguments_from_a_json_file(trained, tmp_path):
     "command, message",
     [
         (["ptq.py", "--model_name_or_path", "{model}", "--bits", "9"], "bits must be an integer from 1 to 8, got 9"),
-        (["ptq.py", "--model_name_or_path", "{model}", "--methods", "kmeans"], "method must be one of cluster, uniform"),
+        (["ptq.py", "--model_name_or_path", "{model}", "--methods", "kmeans"], "method must be one of cluster"),
         (["evaluate.py", "--model_name_or_path", "{model}", "--label_column_name", "digit"], "--label_column_name"),
         (["qat.py", "--bits", "0"], "bits must be an integer from 1 to 8, got 0"),
         (["train.py", "--train_dir", "{images}", "--image_size", "8", "--model_name_or_path", "{model}"],
