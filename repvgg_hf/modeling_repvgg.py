@@ -145,6 +145,8 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         Computed in float32 and checked on a random batch; the result has the model's dtype. A fused model is returned
         as it is. Raises `ValueError` naming the block if the result is wrong; the model is then unchanged.
         """
+        if any(getattr(module, "weight_fake_quant", None) is not None for module in self.modules()):
+            raise ValueError("The model was prepared for QAT: quantize() fuses it and keeps the trained codebooks.")
         for name, convolution in self.fused_convolutions().items():
             self.set_submodule(name, convolution)
         self.config.deploy = True

@@ -86,9 +86,16 @@ class ConvBranch(nn.Module):
         return outlier_bounded_weight(self.norm, kernel_max, bound)
 
     def forward(self, x: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
-        if bound is None:
-            return self.norm(self.conv(x))
-        return batch_norm(self.norm, self.conv(x), self.norm_weight(bound))
+        y = self._convolve(x)
+        return self.norm(y) if bound is None else batch_norm(self.norm, y, self.norm_weight(bound))
+
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv.kernel_size != (1, 1) or self.conv.stride == (1, 1):
+            return self.conv(x)
+        # The same as the strided convolution, whose backward pass on the CPU writes outside its memory when the
+        # channels come last (torch 2.14, 3 input channels): "corrupted size vs. prev_size".
+        step_h, step_w = self.conv.stride
+        return F.conv2d(x[:, :, ::step_h, ::step_w], self.conv.weight, groups=self.conv.groups)
 
     def equivalent(self, kernel_size, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         scale, bias = _scale_and_bias(self.norm, self.norm_weight(bound))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.detr.modeling_detr import replace_batch_norm
 
 from repvgg_hf import ReparamConv2d
-from repvgg_hf.reparameterization import _BoundedWeight, outlier_bounded_weight, parse_branch
+from repvgg_hf.reparameterization import ConvBranch, _BoundedWeight, outlier_bounded_weight, parse_branch
 
 REPVGG = ("3x3", "1x1", "identity")
 BRANCHES = {
@@ -342,3 +342,12 @@ class TestTools:
     def test_repr_names_the_block(self):
         text = repr(ReparamConv2d(4, 8, stride=2, oabn_threshold=6.0))
         assert "4, 8, kernel_size=(3, 3), stride=2, groups=1, oabn_threshold=6.0" in text
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 9)], ids=str)
+def test_strided_pointwise_branch_equals_the_convolution_it_holds(size, generator):
+    """It runs on a part of the input instead, and does so with the channels last, too."""
+    branch = ConvBranch(3, 8, (1, 1), stride=2)
+    x = torch.randn(2, 3, *size, generator=generator).contiguous(memory_format=torch.channels_last)
+    expected = branch.norm(branch.conv(x))
+    torch.testing.assert_close(branch(x), expected)

@@ -38,11 +38,16 @@ def fused_layers(model) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     return fused, fused | plain
 
 
+def require_finite(name: str, layer: nn.Module) -> None:
+    """Raise `ValueError` naming the layer if its weight has NaN or infinite entries."""
+    count = (~layer.weight.isfinite()).sum().item()
+    if count:
+        raise ValueError(f"The weight of {name!r} has {count} NaN or infinite entries: train or load the model again.")
+
+
 def quantize_layer(name: str, layer: nn.Module, config: ClusterConfig) -> QuantizedWeight:
     """Quantise one layer's weight. Raises `ValueError` naming the layer if that can't be done."""
-    if not layer.weight.isfinite().all():
-        count = (~layer.weight.isfinite()).sum().item()
-        raise ValueError(f"The weight of {name!r} has {count} NaN or infinite entries: train or load the model again.")
+    require_finite(name, layer)
     bits, groups = config.bits_of(name), config.groups_of(name, layer.weight.shape[0])
     if layer.weight.numel() // groups < 2**bits:
         logger.warning(

@@ -5,7 +5,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from ..quantization_cluster import ClusterConfig
-from .layers import fused_layers, quantize_layer, resolve_config
+from .layers import fused_layers, quantize_layer, require_finite, resolve_config
 from .qat import fake_quantizers, remove_fake_quantizers
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,7 @@ def quantize_model(model, method=None, bits=None, **options):
     weights = {}
     for name, layer in layers.items():
         if name in trained:
+            require_finite(name, layer)
             weights[name] = trained[name].quantized(layer.weight)
         elif config.converts(name):
             weights[name] = quantize_layer(name, layer, config)

@@ -13,18 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHORT_TRAINING = [
-    "--num_train_epochs",
-    "2",
-    "--max_train_samples",
-    "640",
-    "--hidden_sizes",
-    "16",
-    "32",
-    "--depths",
-    "1",
-    "1",
-]
+SHORT_TRAINING = "--num_train_epochs 2 --max_train_samples 640 --per_device_train_batch_size 16".split()
+SHORT_TRAINING += "--hidden_sizes 16 32 --depths 1 1".split()
 SHORT_QAT = ["--num_float_epochs", "2", *SHORT_TRAINING]
 
 
@@ -156,7 +146,7 @@ def test_qat_on_two_processes(tmp_path):
     """Half the batch on each of two ranks gives one model, which is saved once and reloads exactly."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        str(RECIPES / "qat.py"), "--output_dir", str(tmp_path), *SHORT_QAT, "--per_device_train_batch_size", "32",
+        str(RECIPES / "qat.py"), "--output_dir", str(tmp_path), *SHORT_QAT, "--per_device_train_batch_size", "8",
     ]  # fmt: skip
     variables = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=280)
