@@ -68,9 +68,11 @@ def build_processor(model_name_or_path: str | None, data: DataArguments):
     return make_processor(data.image_size or 8)
 
 
-def build_sgd(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.SGD:
+def build_sgd(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, momentum: float = 0.9
+) -> torch.optim.SGD:
     """SGD with Nesterov momentum; weight decay on kernels only, as in RepVGG's own training."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)

@@ -33,7 +33,8 @@ class TrainArguments(TrainingArguments):
     weight_decay: float = field(default=5e-4)
     max_grad_norm: float = field(default=5.0)
     warmup_steps: float = field(default=0.05)  # below 1: a share of all steps
-    optim: str = field(default="sgd", metadata={"help": "'sgd' is SGD with Nesterov momentum; others are Trainer's."})
+    optim: str = field(default="sgd", metadata={"help": "'sgd' (ours, with momentum) or one of Trainer's."})
+    momentum: float = field(default=0.9, metadata={"help": "Of SGD, in Nesterov's form; 0 for none."})
     lr_scheduler_type: str = field(default="cosine")
     eval_strategy: str = field(default="epoch")
     save_strategy: str = field(default="epoch")
@@ -52,8 +53,9 @@ def main(arguments: list[str] | None = None) -> dict:
     model = build_model(model_args, label_names(splits["train"], data_args))
     processor = build_processor(model_args.model_name_or_path, data_args)
 
-    own_sgd = str(train_args.optim).endswith("sgd")
-    optimizer = build_sgd(model, train_args.learning_rate, train_args.weight_decay) if own_sgd else None
+    optimizer = None  # Trainer makes it, but its SGD has no momentum
+    if train_args.optim == "sgd":
+        optimizer = build_sgd(model, train_args.learning_rate, train_args.weight_decay, train_args.momentum)
     trainer = Trainer(
         model=model,
         args=train_args,

@@ -278,7 +278,8 @@ def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
             "This is a checkpoint of quantisation-aware training: build the model, call prepare_qat() with the "
             "options it was trained with, then load_state_dict(); or load the result of quantize() instead."
         )
-    if any(key.endswith(".weight_codes") for key in unexpected):
+    # codes alone may be those of a head that this model doesn't have
+    if any(key.endswith(".weight_codes") for key in unexpected) and any(key.endswith(".weight") for key in missing):
         raise ValueError(
             "This is a quantised checkpoint and the model is not: load it with from_pretrained() and keep the "
             "quantization_config of its config.json."

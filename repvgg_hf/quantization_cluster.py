@@ -375,17 +375,20 @@ def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -
     Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents that
     don't fit the checksum.
     """
-    expected = {
-        f"{name}.{key}".removeprefix("repvgg."): buffer
-        for name, layer in model.named_modules()
-        if isinstance(layer, ClusterLayer)
-        for key, buffer in layer.named_buffers()
+    layers = {
+        name.removeprefix("repvgg."): layer for name, layer in model.named_modules() if isinstance(layer, ClusterLayer)
     }
+    expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
     where = ", ".join(map(str, files))
     tensors = dict(read_tensors(files))
+    strays = []  # float weights, or scales that quantization_config doesn't tell of
     for name, tensor in tensors.items():
-        wanted = expected.pop(name.removeprefix("repvgg."), tensor)
-        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        layer, _, key = name.removeprefix("repvgg.").rpartition(".")
+        if layer in layers and f"{layer}.{key}" not in expected:
+            strays.append(name)
+        wanted = expected.pop(f"{layer}.{key}", tensor)
+        # a bias is converted to the model's dtype, as in a float model
+        if tensor.shape != wanted.shape or (tensor.dtype != wanted.dtype and key != "bias"):
             raise ValueError(
                 f"{name} in {where} is {tensor.dtype} {list(tensor.shape)}, but quantization_config asks for "
                 f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one "
@@ -396,6 +399,12 @@ def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -
             f"{next(iter(expected))} ({len(expected)} tensors in all) is not in {where}: these are not the quantised "
             "weights that config.json describes. Remove quantization_config from it to load a float checkpoint, or "
             "quantise again."
+        )
+    if strays:
+        raise ValueError(
+            f"{strays[0]} in {where} is none of the tensors that quantization_config asks for: config.json and the "
+            "weights are not of the same model, or one of them was edited. Download both again, or quantise the float "
+            "model again."
         )
     if checksum is not None and tensors_checksum(tensors.items()) != checksum:
         raise ValueError(

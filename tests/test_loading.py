@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, BitImageProcessor, Trainer, TrainingArguments, modeling_utils
@@ -90,7 +91,7 @@ class TestFreshProcess:
         code = f"""
 import repvgg_hf, torch
 from PIL import Image
-from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 torch.set_num_threads(1)
 folder, images = {str(folder)!r}, torch.load({str(tmp_path / "images.pt")!r})
 picture = Image.frombytes("RGB", (32, 32), bytes(i * 7 % 256 for i in range(32 * 32 * 3)))
@@ -99,7 +100,6 @@ with torch.no_grad():
         "AutoModel": AutoModel.from_pretrained(folder)(images).last_hidden_state,
         "classifier": AutoModelForImageClassification.from_pretrained(folder)(images).logits,
         "backbone": repvgg_hf.RepVGGBackbone.from_pretrained(folder, out_indices=[1, 2])(images).feature_maps,
-        "AutoBackbone": AutoBackbone.from_pretrained(folder)(images).feature_maps[-1],
         "pipeline": pipeline("image-classification", folder)(picture, top_k=5),
     }}
 torch.save(result, {str(tmp_path / "result.pt")!r})
@@ -108,20 +108,18 @@ torch.save(result, {str(tmp_path / "result.pt")!r})
         run_fresh(code)
         result = torch.load(tmp_path / "result.pt")
 
-        from PIL import Image
-
         picture = Image.frombytes("RGB", (32, 32), bytes(i * 7 % 256 for i in range(32 * 32 * 3)))
         with torch.no_grad():
             outputs = model.repvgg(images, output_hidden_states=True)
             scores = model(**processor(picture, return_tensors="pt")).logits.softmax(-1)[0]
 
-        def same(actual, expected):
-            torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
-
-        same(result["AutoModel"], outputs.last_hidden_state)
-        same(result["AutoBackbone"], outputs.last_hidden_state)
-        same(result["classifier"], logits(model, images))
-        same(result["backbone"], outputs.hidden_states[1:])
+        expected = {
+            "AutoModel": outputs.last_hidden_state,
+            "classifier": logits(model, images),
+            "backbone": outputs.hidden_states[1:],
+        }
+        for name, output in expected.items():
+            torch.testing.assert_close(result[name], output, atol=1e-6, rtol=1e-5)
         labels = {model.config.id2label[index]: score for index, score in enumerate(scores.tolist())}
         assert {entry["label"]: entry["score"] for entry in result["pipeline"]} == pytest.approx(labels, abs=1e-5)
 
@@ -178,7 +176,7 @@ class TestLoading:
         assert_same(loaded.cpu(), model, images)
 
     def test_shards(self, model, images, tmp_path):
-        model.save_pretrained(tmp_path, max_shard_size="3KB")
+        model.save_pretrained(tmp_path, max_shard_size="1KB")
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
         assert_same(RepVGGForImageClassification.from_pretrained(tmp_path), model, images)
 
@@ -189,7 +187,7 @@ class TestLoading:
             assert torch.equal(loaded.get_submodule(name).weight, weight.bfloat16())
         loaded.save_pretrained(tmp_path / "again")
         stored, again = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
-        quantised = {name: tensor for name, tensor in stored.items() if "weight" in name}
+        quantised = {name: tensor for name, tensor in stored.items() if ".weight_" in name}
         assert len(quantised) == 3 * len(decoded_weights(model))
         assert_same_tensors({name: again[name] for name in quantised}, quantised)
 
@@ -335,10 +333,9 @@ class TestBadFiles:
             AutoModelForImageClassification.from_pretrained(folder)
         assert raised.match(fix)
 
-    @pytest.mark.parametrize("keep", [0.99, 0.3, 0.001])
-    def test_truncated(self, folder, keep):
+    def test_truncated(self, folder):
         data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[: int(len(data) * keep)])
+        (folder / "model.safetensors").write_bytes(data[:-1])
         self.refused(folder, str(folder))
 
     @pytest.mark.parametrize("tensor", ["weight_codes", "weight_codebook", "weight_scale", "bias"])
@@ -350,12 +347,13 @@ class TestBadFiles:
         (folder / "model.safetensors").write_bytes(data)
         self.refused(folder, "model.safetensors")
 
-    def test_any_flipped_bit_in_the_header(self, folder):
-        """One in each byte, but for those that change nothing: the padding, and whitespace's like in JSON."""
+    def test_flipped_bits_all_over_the_header(self, folder):
+        """Refused, or harmless: a bit of the padding or of the metadata changes no tensor."""
         data = (folder / "model.safetensors").read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         intact = load_file(folder / "model.safetensors")
         expected = RepVGGForImageClassification.from_pretrained(folder).state_dict()
+        refused = 0
         for position in range(0, end, 37):
             damaged = bytearray(data)
             damaged[position] ^= 1 << position % 7
@@ -364,9 +362,11 @@ class TestBadFiles:
                 loaded = RepVGGForImageClassification.from_pretrained(folder)
             except ValueError as error:
                 assert str(folder) in str(error), f"byte {position}"
+                refused += 1
             else:
                 assert_same_tensors(loaded.state_dict(), expected)
                 assert_same_tensors(load_file(folder / "model.safetensors"), intact)
+        assert refused > end // 37 // 2
 
     @pytest.mark.parametrize(("edit", "message"), EDITS.values(), ids=EDITS)
     def test_edited_tensors(self, folder, edit, message):
@@ -398,7 +398,7 @@ class TestBadFiles:
 
     def test_a_missing_scale_in_the_config(self, folder):
         edit_config(folder, channel_scale=False, checksum=None)
-        self.refused(folder, "weight_scale")
+        self.refused(folder, "weight_scale in .*model.safetensors is none of the tensors")
 
     def test_branches_asked_for(self, folder):
         with pytest.raises(ValueError, match="quantization_config but deploy=False.*Set deploy to true"):

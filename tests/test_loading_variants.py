@@ -1,0 +1,272 @@
+"""Quantised checkpoints with the less common arguments of `from_pretrained`, and with code from the repository."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+import repvgg_hf
+from repvgg_hf import ClusterConfig, RepVGGBackbone, RepVGGForImageClassification, RepVGGModel
+from repvgg_hf.quantization_cluster import ClusterLayer
+
+# the files of the runtime core, which a Hub repository gets for trust_remote_code
+CORE = ["configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster", "reparameterization"]
+AUTO_MAP = {
+    "AutoConfig": "configuration_repvgg.RepVGGConfig",
+    "AutoModel": "modeling_repvgg.RepVGGModel",
+    "AutoModelForImageClassification": "modeling_repvgg.RepVGGForImageClassification",
+}
+DISK = {"repvgg": "disk", "classifier": "cpu"}
+OFFLOADED = "^repvgg.*is offloaded to disk.*load the model without device_map"
+STORED = ("weight_codes", "weight_codebook", "weight_scale")
+
+
+def logits(model, pixel_values) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values.to(model.dtype)).logits
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def cluster_layers(model) -> dict:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, ClusterLayer)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_config, randomize_batch_norms):
+    """One model in train form, fused, and quantised to 4 bits (`model`, `logits`), in folders of these names."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    model = randomize_batch_norms(RepVGGForImageClassification(tiny_config(num_labels=8)), generator).eval()
+    model.save_pretrained(folder / "train")
+    copy.deepcopy(model).reparameterize().save_pretrained(folder / "fused")
+    model.quantize(bits=4).save_pretrained(folder / "quantized")
+    pixel_values = torch.randn(2, 3, 32, 32, generator=generator)
+    return SimpleNamespace(
+        train=folder / "train", fused=folder / "fused", quantized=folder / "quantized",
+        model=model, pixel_values=pixel_values, logits=logits(model, pixel_values),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [RepVGGModel, RepVGGBackbone])
+def test_a_classifiers_checkpoint_gives_the_other_models(cls, saved):
+    model, info = cls.from_pretrained(saved.quantized, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert set(info["unexpected_keys"]) == {f"classifier.{name}" for name in (*STORED, "bias")}
+    assert len(cluster_layers(model)) == 5
+    with torch.no_grad():
+        outputs = model(saved.pixel_values)
+        expected = saved.model.repvgg(saved.pixel_values).last_hidden_state
+    assert_close(outputs.feature_maps[-1] if cls is RepVGGBackbone else outputs.last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "bfloat16", "auto"], ids=str)
+def test_dtype_in_every_notation(dtype, saved, relative_error):
+    model = AutoModelForImageClassification.from_pretrained(saved.quantized, dtype=dtype)
+    expected_dtype = {"auto": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    assert model.dtype == expected_dtype
+    for name, layer in cluster_layers(model).items():
+        source = saved.model.get_submodule(name)
+        assert layer.weight.dtype == expected_dtype and torch.equal(layer.weight, source.weight.to(expected_dtype))
+        assert all(torch.equal(getattr(layer, stored), getattr(source, stored)) for stored in STORED)
+    assert relative_error(logits(model, saved.pixel_values), saved.logits) < 0.05
+
+
+def test_bfloat16_rounds_biases_and_nothing_else(saved, tmp_path):
+    model = RepVGGForImageClassification.from_pretrained(saved.quantized, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    again = RepVGGForImageClassification.from_pretrained(tmp_path / "half")
+    assert again.dtype == torch.bfloat16
+    again.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "half")
+    widened = RepVGGForImageClassification.from_pretrained(tmp_path / "half", dtype=torch.float32).state_dict()
+    for name, tensor in saved.model.state_dict().items():
+        expected = tensor.bfloat16().float() if name.endswith(".bias") else tensor
+        assert widened[name].dtype == tensor.dtype and torch.equal(widened[name], expected)
+
+
+def test_shards_are_saved_again_as_they_were_or_whole(saved, tmp_path):
+    saved.model.save_pretrained(tmp_path / "shards", max_shard_size="1KB")
+    model = RepVGGForImageClassification.from_pretrained(tmp_path / "shards")
+    model.save_pretrained(tmp_path / "again", max_shard_size="1KB")
+    shards = contents(tmp_path / "shards")
+    assert len(shards) > 4 and contents(tmp_path / "again") == shards
+    model.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved.quantized)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+@pytest.mark.parametrize("form", ["quantized", "train"])
+def test_device_map(form, device_map, saved):
+    config = ClusterConfig(bits=4) if form == "train" else None
+    model = AutoModelForImageClassification.from_pretrained(
+        getattr(saved, form), device_map=device_map, quantization_config=config
+    )
+    assert_close(logits(model, saved.pixel_values), saved.logits)
+
+
+@pytest.mark.parametrize("decode", ["at_load", "on_the_fly"])
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_offloaded_to_disk(offload_buffers, decode, saved, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(
+        saved.quantized, device_map=DISK, offload_folder=tmp_path / "offload", offload_buffers=offload_buffers,
+        quantization_config=ClusterConfig(decode=decode),
+    )  # fmt: skip
+    assert model.repvgg.embeddings.layer.conv.bias.is_meta
+    assert model.repvgg.embeddings.layer.conv.weight_codes.is_meta is offload_buffers
+    for _ in range(2):
+        assert_close(logits(model, saved.pixel_values), saved.logits)
+    with pytest.raises(ValueError, match=OFFLOADED):
+        model.dequantize()
+    assert_close(logits(model, saved.pixel_values), saved.logits)
+    model.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved.quantized)
+
+
+def test_a_float_model_on_disk_is_not_quantised(saved, tmp_path):
+    where = {"device_map": DISK, "offload_folder": tmp_path}
+    with pytest.raises(ValueError, match=OFFLOADED):
+        RepVGGForImageClassification.from_pretrained(saved.fused, quantization_config=ClusterConfig(), **where)
+    model = RepVGGForImageClassification.from_pretrained(saved.fused, **where)
+    for change in (model.quantize, model.prepare_qat):
+        with pytest.raises(ValueError, match=OFFLOADED):
+            change()
+
+
+class TestQuantisedOnLoading:
+    def test_a_bfloat16_checkpoint_stays_one(self, saved, tmp_path):
+        RepVGGForImageClassification.from_pretrained(saved.train).bfloat16().save_pretrained(tmp_path / "half")
+        config = ClusterConfig()
+        model = RepVGGForImageClassification.from_pretrained(tmp_path / "half", quantization_config=config)
+        assert model.dtype == model.config.dtype == torch.bfloat16
+        model.save_pretrained(tmp_path / "quantized")
+        loaded = RepVGGForImageClassification.from_pretrained(tmp_path / "quantized")
+        assert loaded.dtype == torch.bfloat16
+        assert_close(logits(loaded, saved.pixel_values), logits(model, saved.pixel_values))
+        assert config.checksum is None  # the caller's config is not the model's
+
+    def test_a_dict_does_as_well(self, saved):
+        config = {"quant_method": "cluster", "bits": 4}
+        model = RepVGGForImageClassification.from_pretrained(saved.fused, quantization_config=config)
+        assert_close(logits(model, saved.pixel_values), saved.logits)
+
+    def test_errors_are_those_of_quantize(self, saved):
+        config = ClusterConfig(granularity="per_group", group_size=3)
+        with pytest.raises(ValueError, match="group_size=3 does not divide the 8 output channels of 'repvgg.embed"):
+            RepVGGForImageClassification.from_pretrained(saved.train, quantization_config=config)
+
+
+def test_decoding_can_be_chosen_against_the_checkpoint(saved, tmp_path):
+    lazily = ClusterConfig(decode="on_the_fly")
+    model = RepVGGForImageClassification.from_pretrained(saved.quantized, quantization_config=lazily)
+    config = model.config.quantization_config
+    assert config.bits == 4 and config.decode == "at_load"  # the checkpoint's own
+    model.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved.quantized)
+    config.decode = "on_the_fly"
+    model.save_pretrained(tmp_path / "lazy")
+    assert RepVGGForImageClassification.from_pretrained(tmp_path / "lazy").classifier.weight is None
+    eager = RepVGGForImageClassification.from_pretrained(
+        tmp_path / "lazy", quantization_config=ClusterConfig(decode="at_load")
+    )
+    assert torch.equal(eager.classifier.weight, saved.model.classifier.weight)
+
+
+def test_the_float_layers_that_a_dequantised_checkpoint_gives(saved, tmp_path):
+    model = RepVGGForImageClassification.from_pretrained(saved.quantized).dequantize()
+    assert type(model.classifier) is nn.Linear
+    model.save_pretrained(tmp_path)
+    assert_close(logits(RepVGGForImageClassification.from_pretrained(tmp_path), saved.pixel_values), saved.logits)
+
+
+class TestCodeFromTheRepository:
+    @pytest.fixture
+    def repository(self, saved, tmp_path):
+        folder = tmp_path / "repository"
+        shutil.copytree(saved.quantized, folder)
+        for name in CORE:
+            shutil.copy(Path(repvgg_hf.__file__).parent / f"{name}.py", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+        return folder
+
+    def run(self, code, repository, pixel_values, tmp_path):
+        """What `code` leaves in `result`, run by a new interpreter outside the source tree."""
+        torch.save(pixel_values, tmp_path / "pixel_values.pt")
+        prologue = "import torch\ntorch.set_num_threads(1)\npixel_values = torch.load('pixel_values.pt')\n"
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        process = subprocess.run(
+            [sys.executable, "-c", f"{prologue}{code}\ntorch.save(result, 'result.pt')\n", str(repository)],
+            capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        return torch.load(tmp_path / "result.pt")
+
+    def test_without_the_package(self, saved, repository, tmp_path):
+        code = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "repvgg_hf":
+            raise ModuleNotFoundError(f"no package {name}")
+
+sys.meta_path.insert(0, Blocker())
+from transformers import AutoModel, AutoModelForImageClassification
+features = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)(pixel_values).pooler_output.detach()
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+result = {"features": features, "logits": model.dequantize()(pixel_values).logits.detach()}
+for method in (model.quantize, model.prepare_qat):
+    try:
+        method()
+    except ImportError as error:
+        result[method.__name__] = str(error)
+"""
+        result = self.run(code, repository, saved.pixel_values, tmp_path)
+        with torch.no_grad():
+            assert_close(result["features"], saved.model.repvgg(saved.pixel_values).pooler_output)
+        assert_close(result["logits"], saved.logits)
+        for method in ("quantize", "prepare_qat"):
+            assert result[method] == f"{method}() is part of the package: `pip install repvgg-hf`."
+
+    def test_beside_the_package(self, saved, repository, tmp_path):
+        """The installed package makes the codes and trains; the layers are those of the repository's code."""
+        code = """
+import sys
+from transformers import AutoModelForImageClassification
+options = {"bits": 3, "granularity": "per_channel"}
+remote = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True).dequantize()
+import repvgg_hf
+local = repvgg_hf.RepVGGForImageClassification.from_pretrained(sys.argv[1]).dequantize()
+remote.prepare_qat(repvgg_hf.ClusterConfig(**options))
+repvgg_hf.update_codebooks(remote)
+remote.quantize()
+local.prepare_qat(**options)
+repvgg_hf.update_codebooks(local)
+local.quantize()
+result = {"modules": [type(model.classifier).__module__ for model in (remote, local)]}
+result["logits"] = [model(pixel_values).logits.detach() for model in (remote, local)]
+remote.save_pretrained("again")
+"""
+        result = self.run(code, repository, saved.pixel_values, tmp_path)
+        assert result["modules"][0].startswith("transformers_modules.")
+        assert result["modules"][1] == "repvgg_hf.quantization_cluster"
+        assert_close(*result["logits"])
+        again = RepVGGForImageClassification.from_pretrained(tmp_path / "again")
+        assert_close(logits(again, saved.pixel_values), result["logits"][1])
