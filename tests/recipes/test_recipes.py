@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHORT_TRAINING = "--num_train_epochs 2 --max_train_samples 640 --per_device_train_batch_size 16".split()
+SHORT_TRAINING = "--num_train_epochs 4 --max_train_samples 640 --per_device_train_batch_size 16".split()
 SHORT_TRAINING += "--hidden_sizes 16 32 --depths 1 1".split()
-SHORT_QAT = ["--num_float_epochs", "2", *SHORT_TRAINING]
+SHORT_QAT = ["--num_float_epochs", "4", *SHORT_TRAINING]
 
 
 def run(*command, expect: int = 0, **environment) -> str:
