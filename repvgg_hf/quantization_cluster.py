@@ -202,7 +202,7 @@ class ClusterLayer(nn.Module):
         self.register_buffer("weight_codebook", torch.zeros(groups, 2**bits, dtype=codebook_dtype, device=device))
         scale = torch.zeros(out_channels, dtype=torch.float32, device=device) if channel_scale else None
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight", None, persistent=False)  # set by `refresh`
+        self.weight = None  # set by `refresh`
         self.bias = layer.bias
         self.compute_dtype = layer.weight.dtype
 
@@ -240,7 +240,11 @@ class ClusterLayer(nn.Module):
 
     def refresh(self):
         """Decode the dense weight again from the codes; call it after changing them."""
-        self.weight = None if self.on_the_fly or self.weight_codes.is_meta else self.decoded()
+        del self.weight
+        if self.on_the_fly or self.weight_codes.is_meta:
+            self.weight = None  # and no buffer, as accelerate can't offload one that is None
+        else:
+            self.register_buffer("weight", self.decoded(), persistent=False)
 
     def dense_weight(self) -> torch.Tensor:
         return self.decoded() if self.weight is None else self.weight
@@ -253,7 +257,10 @@ class ClusterLayer(nn.Module):
             after = getattr(self, name)
             if after is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=stored[0].device)).dtype
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=stored[0].device)).dtype
+        if dtype != self.compute_dtype:
+            self.compute_dtype = dtype
+            self.refresh()  # from the codes: a wider dtype has all its digits again
         return self
 
     def check(self, name: str):

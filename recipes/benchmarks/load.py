@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForImageClassification
 
 from repvgg_hf.interop.timm import from_timm
@@ -36,6 +37,7 @@ for folder in sys.argv[1:]:
 @dataclass
 class LoadArguments(BenchmarkArguments):
     variant: str = field(default="a0", metadata={"help": "A published variant, or 'cifar' for the study's network."})
+    image_size: int = field(default=224, metadata={"help": "Side in pixels of the first image to classify."})
     method: str = field(
         default="cluster", metadata={"help": "Of quantize(); 'uniform' is quicker to make, as fast to load."}
     )
@@ -48,7 +50,12 @@ def run(args: LoadArguments) -> list[dict]:
         model = from_timm(timm_model(args.variant)).reparameterize()
         model.save_pretrained(folders[FLOAT])
         model.quantize(args.method, bits=BITS, channel_scale=True).save_pretrained(folders[QUANTIZED])
-        return [load_time(folders, args), peak_memory(folders, args), file_size(folders, model, args)]
+        return [
+            load_time(folders, args),
+            first_prediction_time(folders, args),
+            peak_memory(folders, args),
+            file_size(folders, model, args),
+        ]
 
 
 def load_time(folders: dict[str, str], args: LoadArguments) -> dict:
@@ -57,6 +64,20 @@ def load_time(folders: dict[str, str], args: LoadArguments) -> dict:
 
     times = time_alternately({name: load(folder) for name, folder in folders.items()}, args)
     return compare(f"{args.variant}, from_pretrained, cached files", "s", times, [(QUANTIZED, FLOAT, 1.2)])
+
+
+def first_prediction_time(folders: dict[str, str], args: LoadArguments) -> dict:
+    """Until the first image is classified: a float file is mapped, so that loading alone does not read it."""
+    image = torch.randn(1, 3, args.image_size, args.image_size, device=args.device)
+
+    @torch.inference_mode()
+    def predict(folder):
+        return AutoModelForImageClassification.from_pretrained(folder).to(args.device)(image)
+
+    functions = {name: lambda folder=folder: predict(folder) for name, folder in folders.items()}
+    times = time_alternately(functions, args)
+    setting = f"{args.variant}, from_pretrained and one {args.image_size} px image"
+    return compare(setting, "s", times, [(QUANTIZED, FLOAT, None)])
 
 
 def peak_memory(folders: dict[str, str], args: LoadArguments) -> dict:

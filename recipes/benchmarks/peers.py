@@ -1,5 +1,7 @@
 """The same network as timm has it and as we have it, with the same weights."""
 
+import copy
+
 import timm
 import torch
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
@@ -18,6 +20,18 @@ def timm_model(variant: str) -> torch.nn.Module:
     for module in model.stem.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.stride = (1, 1)  # timm's configuration has no stride for the stem
+    return model
+
+
+def channels_last(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a timm model in train form that computes the same with its channels last."""
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    branch = model.stem.conv_1x1
+    step_h, step_w = branch.conv.stride
+    # oneDNN 3.12 (PyTorch 2.14) corrupts memory in the gradient of a strided 1x1 convolution of so few channels
+    # (uxlfoundation/oneDNN#6035): skip the pixels before it, as our branches do
+    branch.conv.stride = (1, 1)
+    branch.register_forward_pre_hook(lambda module, inputs: (inputs[0][:, :, ::step_h, ::step_w],))
     return model
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from repvgg_hf.interop.timm import from_timm
 
 from .measuring import BenchmarkArguments, compare, time_alternately
-from .peers import check_agreement, timm_model, with_oabn
+from .peers import channels_last, check_agreement, timm_model, with_oabn
 
 OABN, PLAIN = "ours, OABN", "ours, plain batch norm"
 TIMM, TIMM_CHANNELS_LAST = "timm", "timm, channels_last"
@@ -50,9 +50,7 @@ def run(args: TrainStepArguments) -> list[dict]:
 
 def run_one(args: TrainStepArguments, variant: str, image_size: int, batch_size: int) -> dict:
     theirs = timm_model(variant).to(args.device).train()
-    channels_last = timm_model(variant).to(args.device).train()
-    channels_last.load_state_dict(theirs.state_dict())
-    channels_last.to(memory_format=torch.channels_last)
+    theirs_channels_last = channels_last(theirs)
     plain = from_timm(theirs).to(args.device)
     bounded = with_oabn(plain).to(args.device)
 
@@ -64,7 +62,7 @@ def run_one(args: TrainStepArguments, variant: str, image_size: int, batch_size:
         TIMM: training_step(theirs, lambda: F.cross_entropy(theirs(images), labels)),
         PLAIN: training_step(plain, lambda: plain(images, labels=labels).loss),
         TIMM_CHANNELS_LAST: training_step(
-            channels_last, lambda: F.cross_entropy(channels_last(images_channels_last), labels)
+            theirs_channels_last, lambda: F.cross_entropy(theirs_channels_last(images_channels_last), labels)
         ),
     }
     # the second loss, which saw a backward pass and a step; OABN is another function of the same weights

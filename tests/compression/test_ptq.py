@@ -1,12 +1,16 @@
 """Quantising whole models after training."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from repvgg_hf import ClusterConfig, ClusterConv2d, ClusterLinear, RepVGGForImageClassification
+from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes, kernel_report
 from repvgg_hf.compression import ptq
 
 FORMATS = {
@@ -250,3 +254,88 @@ def test_biases_train_and_codes_do_not(model, pixel_values):
     optimizer.step()
     changed = {name.rsplit(".", 1)[1] for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert changed == {"bias"}
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+def test_the_same_weights_give_the_same_codes(options, model):
+    first, second = (copy.deepcopy(model).quantize(bits=3, **options).state_dict() for _ in range(2))
+    assert any(name.endswith("weight_codes") for name in first)
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("range_method", ["minmax", "mse"])
+@pytest.mark.parametrize("grid", [{}, {"channel_scale": True}, {"symmetric": False}], ids=str)
+@pytest.mark.parametrize(
+    "granularity", [{}, {"granularity": "per_channel"}, {"granularity": "per_group", "group_size": 4}], ids=str
+)
+def test_more_bits_bring_every_uniform_grid_closer(granularity, grid, range_method, model, pixel_values):
+    plain = {name: conv.weight for name, conv in model.fused_convolutions().items()}
+    plain["classifier"] = model.classifier.weight
+    errors = []
+    for bits in (2, 3, 4, 8):
+        options = {"range_method": range_method, **granularity, **grid}
+        quantized = copy.deepcopy(model).quantize("uniform", bits=bits, **options)
+        differences = [(layer.weight - plain[name]).square().sum() for name, layer in cluster_layers(quantized).items()]
+        errors.append(sum(differences).item())
+        assert logits(quantized, pixel_values).isfinite().all()
+    assert all(fewer > 2 * more for fewer, more in zip(errors, errors[1:]))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_squeeze_excitation": True}], ids=str)
+def test_kernel_report(fields, tiny_config, randomize_batch_norms, generator):
+    model = randomize_batch_norms(RepVGGForImageClassification(tiny_config(**fields)), generator)
+    before = copy.deepcopy(model.state_dict())
+    report = kernel_report(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not model.config.deploy
+
+    fused = copy.deepcopy(model).reparameterize()
+    assert report == kernel_report(fused)
+    weights = {name: layer.weight for name, layer in fused.named_modules() if type(layer) in (nn.Conv2d, nn.Linear)}
+    assert [entry["name"] for entry in report] == list(weights)
+    for entry, weight in zip(report, weights.values()):
+        values = weight.detach().numpy().astype(np.float64).ravel()
+        assert entry["shape"] == list(weight.shape)
+        assert entry["std"] == pytest.approx(np.std(values), rel=1e-9)
+        assert entry["max_over_std"] == pytest.approx(np.abs(values).max() / np.std(values), rel=1e-9)
+        assert entry["kurtosis"] == pytest.approx(stats.kurtosis(values, fisher=False), rel=1e-9)
+
+
+def test_bits_per_weight(model):
+    sizes = [conv.weight.numel() for conv in model.fused_convolutions().values()] + [model.classifier.weight.numel()]
+    assert sizes == [8 * 3 * 9, 8 * 8 * 9, 8 * 4 * 9, 16 * 8 * 9, 16 * 8 * 9, 8 * 16]
+    model.reparameterize()
+    assert bits_per_weight(model) == 32
+    assert bits_per_weight(copy.deepcopy(model).half()) == 16
+    channels = [8, 8, 8, 16, 16, 8]
+
+    def stored(bits, books, entry_bytes, scales):
+        """Whole bytes of codes, then codebooks and float32 scales."""
+        codes = sum(math.ceil(size * bits / 8) for size in sizes)
+        return 8 * (codes + sum(books) * 2**bits * entry_bytes + 4 * scales * sum(channels)) / sum(sizes)
+
+    cases = {
+        (3, 6 * (1,), 2, True): {"bits": 3},
+        (4, 6 * (1,), 1, True): {"bits": 4, "codebook_dtype": "int8"},
+        (2, tuple(channels), 4, False): {"bits": 2, "granularity": "per_channel", "codebook_dtype": "float32"},
+    }
+    for expected, options in cases.items():
+        assert bits_per_weight(copy.deepcopy(model).quantize(**options)) == pytest.approx(stored(*expected), rel=1e-12)
+    partly = model.quantize(bits=3, modules_to_not_convert=["classifier"])
+    convolutions = sum(math.ceil(size * 3 / 8) + 2 * 8 + 4 * out for size, out in zip(sizes[:5], channels))
+    assert bits_per_weight(partly) == pytest.approx((8 * convolutions + 32 * sizes[5]) / sum(sizes), rel=1e-12)
+
+
+def test_checkpoint_bytes(model, tmp_path):
+    for folder, options in {"one": {}, "shards": {"max_shard_size": "1KB"}}.items():
+        model.save_pretrained(tmp_path / folder, **options)
+    files = list((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert checkpoint_bytes(tmp_path / "shards") == sum(len(file.read_bytes()) for file in files)
+    one = (tmp_path / "one" / "model.safetensors").read_bytes()
+    header = int.from_bytes(one[:8], "little")
+    data = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert checkpoint_bytes(str(tmp_path / "one")) == len(one) == 8 + header + data
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no .safetensors file: give a folder that save_pretrained wrote"):
+        checkpoint_bytes(tmp_path / "empty")
