@@ -49,11 +49,8 @@ def show(record: dict) -> None:
         table.add_column(heading, justify="left" if heading in ("run", "what", "against") else "right")
     for measured in record["runs"]:
         for line in measured["ratios"]:
-            bar = (
-                ""
-                if line["bar"] is None
-                else f"{line['bar']:.2f} {'met' if line['ratio'] <= line['bar'] else 'MISSED'}"
-            )
+            met = "" if line["bar"] is None else "met" if line["ratio"] <= line["bar"] else "MISSED"
+            bar = "" if line["bar"] is None else f"{line['bar']:.2f} {met}"
             medians = [quantity(measured["medians"][line[side]], measured["unit"]) for side in ("name", "peer")]
             quartiles = "{:.3f} {:.3f}".format(*line["quartiles"])
             table.add_row(

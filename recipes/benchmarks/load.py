@@ -1,7 +1,6 @@
 """Loading a 4 bit checkpoint against the float one that it replaces: time, peak memory and size."""
 
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageClassification
 
+from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.interop.timm import from_timm
 from repvgg_hf.quantization_cluster import ClusterLayer
 
@@ -20,17 +20,14 @@ from .peers import timm_model
 FLOAT, QUANTIZED = "float", "4 bit"
 BITS = 4
 
-# A process inherits the peak memory of the one that started it, and ours holds models: so a small one in between, which
-# has the system's own record of its child.
-LAUNCHER = """
-import resource, subprocess, sys
-subprocess.run([sys.executable, *sys.argv[1:]], check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
+# A process inherits the peak memory of the one that started it, and ours holds models: so a small one in between.
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
+# Printed before the exit, which needs more memory than a model. The first folder has all that is imported late.
 LOAD = """
-import sys, transformers, repvgg_hf.modeling_repvgg
+import resource, sys, repvgg_hf, transformers
 for folder in sys.argv[1:]:
     transformers.AutoModelForImageClassification.from_pretrained(folder)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -81,22 +78,23 @@ def first_prediction_time(folders: dict[str, str], args: LoadArguments) -> dict:
 
 
 def peak_memory(folders: dict[str, str], args: LoadArguments) -> dict:
-    """Peak resident memory of a process that loads, less that of one which only imports."""
-    peaks = {"imports": [], FLOAT: [], QUANTIZED: []}
-    for _ in range(args.memory_repeats):
-        for name, samples in peaks.items():
-            samples.append(process_peak([folders[name]] if name in folders else []))
-    imports = statistics.median(peaks["imports"])
-    extra = {name: [peak - imports for peak in peaks[name]] for name in folders}
-    record = compare(f"{args.variant}, peak memory of from_pretrained", "B", extra, [(QUANTIZED, FLOAT, None)])
-    return record | {"process_peaks": peaks}
+    """Peak resident memory of loading in a fresh process, above that of loading next to nothing before."""
+    extra = {name: [] for name in folders}
+    with tempfile.TemporaryDirectory() as tiny:
+        config = RepVGGConfig(stem_hidden_size=8, hidden_sizes=[8], depths=[1], strides=[2], num_labels=2, deploy=True)
+        RepVGGForImageClassification(config).quantize("uniform", bits=BITS).save_pretrained(tiny)
+        for _ in range(args.memory_repeats):
+            for name, folder in folders.items():
+                extra[name].append(process_peak(tiny, folder))
+    return compare(f"{args.variant}, peak memory of from_pretrained", "B", extra, [(QUANTIZED, FLOAT, None)])
 
 
-def process_peak(arguments: list[str]) -> int:
-    """Peak resident bytes of a fresh process that runs `LOAD`."""
-    command = [sys.executable, "-c", LAUNCHER, "-c", LOAD, *arguments]
+def process_peak(tiny: str, folder: str) -> int:
+    """By how many bytes the peak memory of a fresh process grows when it loads `folder` after `tiny`."""
+    command = [sys.executable, "-c", LAUNCHER, "-c", LOAD, tiny, folder]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return int(printed.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    before, after = map(int, printed.split()[-2:])
+    return (after - before) * (1 if sys.platform == "darwin" else 1024)
 
 
 def file_size(folders: dict[str, str], model, args: LoadArguments) -> dict:

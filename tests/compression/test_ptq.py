@@ -92,6 +92,7 @@ def test_quantised_models_are_marked_as_transformers_marks_them(model):
     model.quantize()
     assert model.is_quantized and model.quantization_method == "cluster"
     assert model.hf_quantizer.quantization_config is model.config.quantization_config
+    assert model.hf_quantizer.is_serializable() and model.hf_quantizer.is_compileable
 
 
 def test_bits_overrides_and_modules_to_not_convert(model, pixel_values):

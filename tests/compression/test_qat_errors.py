@@ -69,3 +69,10 @@ def test_training_that_diverged(form, make_model):
 def test_fusing_would_lose_the_codebooks(make_model):
     with pytest.raises(ValueError, match="prepared for QAT: quantize.. fuses it and keeps the trained codebooks"):
         make_model().prepare_qat().reparameterize()
+
+
+def test_repr_says_what_a_fake_quantiser_holds(make_model):
+    model = make_model().prepare_qat(bits=3)
+    assert repr(model.classifier.weight_fake_quant) == (
+        "ClusterFakeQuantize(codebooks=[1, 8], channel_scale, momentum=0.9)"
+    )
