@@ -106,6 +106,14 @@ class TestReparameterize:
         block.branches["1x1"].norm.reset_parameters()
         assert model.reparameterize().config.deploy
 
+    def test_offloaded_weights_are_named(self, tiny_config):
+        with torch.device("meta"):
+            model = RepVGGForImageClassification(tiny_config())
+        with pytest.raises(
+            ValueError, match=r"repvgg\.embeddings\..* is offloaded .*: load the model without device_map"
+        ):
+            model.reparameterize()
+
     def test_the_result_can_be_fine_tuned(self, make_model, images):
         model = make_model().reparameterize().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

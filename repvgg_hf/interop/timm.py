@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from ..configuration_repvgg import RepVGGConfig
 from ..modeling_repvgg import RepVGGForImageClassification
@@ -57,7 +58,8 @@ def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
         raise ValueError(
             f"The activation is {type(timm_model.stem.act).__name__}: only models with ReLU are converted."
         )
-    model = RepVGGForImageClassification(_config_of(timm_model, state_dict))
+    with no_init_weights():  # every weight is loaded
+        model = RepVGGForImageClassification(_config_of(timm_model, state_dict))
     model.load_state_dict(state_dict)
     return model.train(timm_model.training)
 

@@ -47,8 +47,9 @@ def test_every_variant(variant, randomize_batch_norms, keep_signal, relative_err
     assert ours.config.deploy
     assert num_parameters(ours) == num_parameters(fused)
     assert all(list_or_value(ours.config, name) == list_or_value(published, name) for name in ARCHITECTURE)
-    assert relative_error(ours(pixel_values).logits, fused(pixel_values)) < 1e-4
-    assert relative_error(ours(pixel_values).logits, expected) < 1e-4
+    logits = ours(pixel_values).logits
+    assert relative_error(logits, fused(pixel_values)) < 1e-4
+    assert relative_error(logits, expected) < 1e-4
 
 
 def list_or_value(config, name):
