@@ -5,8 +5,8 @@
     python recipes/benchmark.py load                           a 4 bit checkpoint against the float one
     python recipes/benchmark.py inference --help               the options of one of them
 
-Sides take turns (A, B, A, B ...) and a ratio is that of their medians, so that the machine's noise hits both alike. The
-JSON file has every single time. Needs timm.
+Sides take turns, in a new order each time, and a ratio is that of their medians, so that the machine's noise hits all
+alike. The JSON file has every single time. Needs timm.
 """
 
 import platform

@@ -90,10 +90,11 @@ class ConvBranch(nn.Module):
         return self.norm(y) if bound is None else batch_norm(self.norm, y, self.norm_weight(bound))
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        if self.conv.kernel_size != (1, 1) or self.conv.stride == (1, 1):
+        few_channels = self.conv.in_channels // self.conv.groups < 16
+        if not few_channels or self.conv.kernel_size != (1, 1) or self.conv.stride == (1, 1):
             return self.conv(x)
-        # The same as the strided convolution, whose backward pass on the CPU writes outside its memory when the
-        # channels come last (torch 2.14, 3 input channels): "corrupted size vs. prev_size".
+        # The same as the strided convolution, whose gradient on the CPU writes outside its memory with fewer than 16
+        # input channels that come last (torch 2.14, uxlfoundation/oneDNN#6035): a crash, or wrong values in silence.
         step_h, step_w = self.conv.stride
         return F.conv2d(x[:, :, ::step_h, ::step_w], self.conv.weight, groups=self.conv.groups)
 

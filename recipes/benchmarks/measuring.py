@@ -1,6 +1,7 @@
 """Measuring things side by side, so that a ratio survives a noisy machine."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -45,15 +46,20 @@ def time_calls(function: Callable, calls: int) -> float:
 
 
 def time_alternately(functions: dict[str, Callable], args: BenchmarkArguments) -> dict[str, list[float]]:
-    """Seconds a call of each function, `args.repeats` times; they take turns, so that noise hits them all."""
+    """Seconds a call of each function, `args.repeats` times; they take turns, so that noise hits them all.
+
+    Every turn has another order: a function also pays for the caches and the heap that the one before it left.
+    """
     for function in functions.values():
         function()  # lazy initialisation, caches
     quickest = min(time_calls(function, 1) for function in functions.values())
     calls = max(1, math.ceil(args.seconds / quickest))
     times = {name: [] for name in functions}
+    order, shuffle = list(functions), random.Random(args.seed).shuffle
     for _ in range(args.repeats):
-        for name, function in functions.items():
-            times[name].append(time_calls(function, calls))
+        shuffle(order)
+        for name in order:
+            times[name].append(time_calls(functions[name], calls))
     return times
 
 
