@@ -105,14 +105,14 @@ def main(arguments: list[str] | None = None) -> dict:
 
     # 1. a float model with branches
     finished = output_dir / "float"
-    if args.resume_from_checkpoint and (finished / "config.json").exists():
-        model = AutoModelForImageClassification.from_pretrained(finished)
-    else:
+    if not (args.resume_from_checkpoint and (finished / "config.json").exists()):
         model = build_model(model_args, label_names(splits["train"], data_args))
         if model_args.model_name_or_path is None:
             rate, epochs = args.float_learning_rate, args.num_float_epochs
             model = train_phase(accelerator, model, train_set, "float", epochs, rate, output_dir, args)
         save(accelerator, model, finished, processor)
+    # loaded in any case: a resumed run shall go on from the same memory layout, on which the last bits of sums depend
+    model = AutoModelForImageClassification.from_pretrained(finished)
     float_logits = predict(accelerator, model, validation)
 
     # 2. the same, fused: what is quantised, and what a float deployment would ship
