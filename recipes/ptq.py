@@ -34,7 +34,10 @@ class QuantizationArguments:
     group_size: int | None = field(default=None, metadata={"help": "Output channels a codebook, with per_group."})
     channel_scale: bool | None = field(default=None, metadata={"help": "A scale for each output channel."})
     codebook_dtype: str = field(default="float16", metadata={"help": "float16, float32 or int8."})
-    symmetric: bool = field(default=True, metadata={"help": "Uniform: a grid around zero, else from low to high."})
+    symmetric: bool | None = field(
+        default=None, metadata={"help": "Mirror-image codebooks: default of uniform, which else goes from low to high."}
+    )
+    preserve_zero: bool = field(default=False, metadata={"help": "Cluster: one entry of each codebook is zero."})
     range_method: str = field(default="mse", metadata={"help": "Uniform: mse or minmax."})
 
     def configs(self) -> list[repvgg_hf.ClusterConfig]:
@@ -48,6 +51,7 @@ class QuantizationArguments:
                 channel_scale=self.channel_scale,
                 codebook_dtype=self.codebook_dtype,
                 symmetric=self.symmetric,
+                preserve_zero=self.preserve_zero,
                 range_method=self.range_method,
             )
             for method, granularity, bits in itertools.product(self.methods, self.granularities, self.bits)

@@ -19,8 +19,7 @@ from results import write_json
 
 NETWORK = "--stem_hidden_size 32 --hidden_sizes 48 96 192 256 --depths 2 4 4 1 --strides 2 2 2 2 --image_size 32"
 TRAINING = (
-    "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --momentum 0 --bf16 True "
-    "--disable_tqdm True"
+    "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
 )
 QUANTIZATION = "--bits 8 6 4 3 --methods uniform cluster --granularities per_tensor per_channel"
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}

@@ -48,8 +48,11 @@ class ClusterConfig(QuantizationConfigMixin):
         bits_overrides: other bits for some layers, such as `{"classifier": 8, "embeddings": 8}`. A key is a module's
             name or a parent's, the base model's prefix may be left out; the longest matching key wins.
         modules_to_not_convert: modules, named likewise, that stay float.
-        symmetric, range_method: for `"uniform"`: a grid with an exact zero and as many steps to both sides, or from
-            minimum to maximum; over the whole range (`"minmax"`) or the one with the least squared error (`"mse"`).
+        symmetric: for `"uniform"` (default `True`) a grid with an exact zero and as many steps to both sides, else one
+            from minimum to maximum; for `"cluster"` (default `False`) a codebook that is its own mirror image.
+        preserve_zero: for `"cluster"`: one entry of every codebook is exactly zero, so that pruned weights stay zero.
+        range_method: for `"uniform"`: a grid over the whole range (`"minmax"`) or with the least squared error
+            (`"mse"`).
         decode: `"at_load"` decodes each weight once and keeps the codes beside it; `"on_the_fly"` keeps only the codes
             and decodes in every forward pass.
         activation_bits: reserved by the format; must be `None`.
@@ -69,7 +72,8 @@ class ClusterConfig(QuantizationConfigMixin):
         codebook_dtype: str = "float16",
         bits_overrides: dict[str, int] | None = None,
         modules_to_not_convert: list[str] | None = None,
-        symmetric: bool = True,
+        symmetric: bool | None = None,
+        preserve_zero: bool = False,
         range_method: str = "mse",
         decode: str = "at_load",
         activation_bits: int | None = None,
@@ -88,7 +92,7 @@ class ClusterConfig(QuantizationConfigMixin):
             raise TypeError(
                 f"Unknown quantization option {', '.join(map(repr, unknown))}: ClusterConfig takes "
                 "bits, method, granularity, group_size, channel_scale, codebook_dtype, bits_overrides, "
-                "modules_to_not_convert, symmetric, range_method and decode."
+                "modules_to_not_convert, symmetric, preserve_zero, range_method and decode."
             )
         self.quant_method = quant_method
         self.bits = bits
@@ -101,7 +105,8 @@ class ClusterConfig(QuantizationConfigMixin):
         self.codebook_dtype = codebook_dtype
         self.bits_overrides = dict(bits_overrides or {})
         self.modules_to_not_convert = list(modules_to_not_convert or [])
-        self.symmetric = symmetric
+        self.symmetric = method == "uniform" if symmetric is None else symmetric
+        self.preserve_zero = preserve_zero
         self.range_method = range_method
         self.decode = decode
         self.activation_bits = activation_bits
@@ -119,7 +124,7 @@ class ClusterConfig(QuantizationConfigMixin):
         for name, bits in {"bits": self.bits, **overrides}.items():
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
                 raise ValueError(f"{name} must be an integer from 1 to 8, got {bits!r}.")
-        for name in ("channel_scale", "symmetric"):
+        for name in ("channel_scale", "symmetric", "preserve_zero"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if (self.granularity == "per_group") != (self.group_size is not None):
@@ -135,6 +140,8 @@ class ClusterConfig(QuantizationConfigMixin):
             raise ValueError(
                 "A uniform grid with channel_scale has no offset: set symmetric=True or channel_scale=False"
             )
+        if self.method == "uniform" and self.preserve_zero and not self.symmetric:
+            raise ValueError("An affine uniform grid has no exact zero: set symmetric=True or preserve_zero=False.")
         if self.activation_bits is not None:
             raise ValueError(f"activation_bits must be None (weights only), got {self.activation_bits!r}.")
 
