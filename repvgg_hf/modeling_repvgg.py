@@ -1,7 +1,5 @@
 """RepVGG: a plain stack of 3x3 convolutions that is trained with parallel branches (arXiv 2101.03697)."""
 
-import os
-import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -24,8 +22,10 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoints import check_checkpoint_form, replace_files
+from .cluster_layers import check_layers, decode_layers, dequantize_layers, replace_with_cluster_layers
 from .configuration_repvgg import RepVGGConfig
-from .quantization_cluster import ClusterConfig, decode_layers, dequantize_layers, replace_with_cluster_layers
+from .quantization_cluster import ClusterConfig
 from .reparameterization import ReparamConv2d, checkpoint_once, fused_convolutions
 
 logger = logging.get_logger(__name__)
@@ -123,6 +123,13 @@ class RepVGGPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RepVGGLayer"]
+    _keep_in_fp32_modules_strict = ["weight_fake_quant", "input_fake_quant"]
+
+    def post_init(self):
+        super().post_init()
+        settings = getattr(self.config, "qat_config", None)
+        if settings is not None and next(self.parameters()).is_meta:  # from_pretrained: a QAT checkpoint follows
+            _import_compression("A checkpoint of quantisation-aware training").restore_qat(self, settings)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -145,6 +152,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         Computed in float32 and checked on a random batch; the result has the model's dtype. A fused model is returned
         as it is. Raises `ValueError` naming the block if the result is wrong; the model is then unchanged.
         """
+        self._require_whole_model("reparameterize()")
         if any(getattr(module, "weight_fake_quant", None) is not None for module in self.modules()):
             raise ValueError("The model was prepared for QAT: quantize() fuses it and keeps the trained codebooks.")
         for name, convolution in self.fused_convolutions().items():
@@ -167,6 +175,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         After `prepare_qat` call it without arguments: the trained codebooks are kept as they are. Raises `ValueError`
         for a model that is quantised already, bad options, or weights that aren't finite; the model is then unchanged.
         """
+        self._require_whole_model("quantize()")
         compression = _import_compression("quantize()")
         return compression.quantize_model(self, method, bits, **options)
 
@@ -177,8 +186,16 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         block quantises its fused kernel, with the batch norm statistics frozen, and runs one convolution. After every
         optimiser step call `repvgg_hf.update_codebooks(model)`, or give `Trainer` a `repvgg_hf.QATCallback()`.
         """
+        self._require_whole_model("prepare_qat()")
         compression = _import_compression("prepare_qat()")
         return compression.prepare_qat(self, method, bits, **options)
+
+    def _require_whole_model(self, method: str) -> None:
+        if isinstance(self, RepVGGEncoder):
+            raise ValueError(
+                f"The encoder is a part of a model, whose stem and configuration change with it: call {method} on the "
+                "whole model."
+            )
 
     def replace_with_cluster_layers(self, config: ClusterConfig):
         """Put empty cluster layers in the place of those that `config` converts; returns them by name."""
@@ -188,9 +205,26 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         """Put float layers with the decoded weights in the place of the cluster layers."""
         dequantize_layers(self)
 
+    def check_cluster_layers(self):
+        """Raise `ValueError` naming a loaded tensor whose values can't be right."""
+        check_layers(self)
+
     def decode_weights(self, on_the_fly: bool | None = None):
-        """Check the stored codebooks and decode the weights; `on_the_fly=True` decodes in every forward instead."""
+        """Decode the weights now, instead of when the model first runs; `on_the_fly=True` in every forward instead.
+
+        Call it before `torch.export` or an export to ONNX, which would trace the decoding in a model that never ran;
+        before `nn.DataParallel`, whose copies would decode in every step; and before a second CUDA stream uses the
+        model.
+        """
         decode_layers(self, on_the_fly)
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """Make a quantised model a float one with the decoded weights, in place; returns the model.
+
+        The rounding of activations (`activation_bits`) is dropped with the layers that did it. `dtype`: of the float
+        model, default the present one. Raises `ValueError` for a model that is not quantised or is offloaded.
+        """
+        return super().dequantize(dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
@@ -208,7 +242,12 @@ class RepVGGPreTrainedModel(PreTrainedModel):
                 "damaged. Download or save it again."
             ) from error
         check_checkpoint_form(info["missing_keys"], info["unexpected_keys"], model.config.deploy)
-        for module in model.modules():
+        for name, module in model.named_modules():
+            if isinstance(module, ReparamConv2d) and any(parameter.is_meta for parameter in module.parameters()):
+                raise ValueError(
+                    f"{name} is offloaded, but a block of branches runs in memory only: load the model without "
+                    "device_map or with device_map='cpu', or reparameterize() and save it first."
+                )
             if isinstance(module, nn.Conv2d):  # as the input, so that no call has to rearrange the kernel
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         requested = kwargs.get("quantization_config")
@@ -235,29 +274,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("repo_id", target.name)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
             super().save_pretrained(folder, *args, push_to_hub=push_to_hub, **kwargs)
-            _replace_files(Path(folder), target)
-
-
-def _replace_files(source: Path, target: Path) -> None:
-    """Move the files of `source` into `target`. If anything interrupts it, `target` is as before."""
-    new = {path.name for path in source.iterdir()}
-    old = {path.name for path in target.iterdir() if path.name in new}
-    if new & {"model.safetensors", "model.safetensors.index.json"}:  # else they lie beside: a variant, an adapter
-        weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-        old |= {path.name for path in target.iterdir() if weights.fullmatch(path.name)}
-    backup = source / ".old"
-    backup.mkdir()
-    try:
-        for name in old:
-            os.replace(target / name, backup / name)
-        for name in new:
-            os.replace(source / name, target / name)
-    except BaseException:
-        for name in new - old:
-            (target / name).unlink(missing_ok=True)
-        for path in backup.iterdir():
-            os.replace(path, target / path.name)
-        raise
+            replace_files(Path(folder), target)
 
 
 def _import_compression(caller: str):
@@ -266,43 +283,6 @@ def _import_compression(caller: str):
     except ImportError as error:
         raise ImportError(f"{caller} is part of the package: `pip install repvgg-hf`.") from error
     return compression
-
-
-def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
-    """Raise `ValueError` if checkpoint keys are of another form (branches, fused, quantised, QAT) than the model's.
-
-    `missing` and `unexpected` are the model's keys that the checkpoint lacks and the reverse.
-    """
-    if any(".weight_fake_quant." in key for key in unexpected):
-        raise ValueError(
-            "This is a checkpoint of quantisation-aware training: build the model, call prepare_qat() with the "
-            "options it was trained with, then load_state_dict(); or load the result of quantize() instead."
-        )
-    # codes alone may be those of a head that this model doesn't have
-    if any(key.endswith(".weight_codes") for key in unexpected) and any(key.endswith(".weight") for key in missing):
-        raise ValueError(
-            "This is a quantised checkpoint and the model is not: load it with from_pretrained() and keep the "
-            "quantization_config of its config.json."
-        )
-    if any(key.endswith(".weight_codes") for key in missing):
-        raise ValueError(
-            "The model is quantised and the checkpoint is not: load the checkpoint into a float model, then "
-            "quantize() it."
-        )
-    if deploy and any(".conv.branches." in key for key in unexpected):
-        raise ValueError(
-            "This is a train-form checkpoint (its keys hold branches) and the model is fused (deploy=True): load it "
-            "with deploy=False, then call model.reparameterize()."
-        )
-    if (
-        not deploy
-        and any(".conv.branches." in key for key in missing)
-        and any(key.endswith(".conv.weight") for key in unexpected)
-    ):
-        raise ValueError(
-            "This is a fused checkpoint (its keys hold no branches) and the model has branches (deploy=False): load "
-            "it with deploy=True. Branches can't be recovered from a fused kernel."
-        )
 
 
 class RepVGGEncoder(RepVGGPreTrainedModel):

@@ -67,4 +67,27 @@ def unpack_codes(packed: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
     return codes.view(-1)[:numel]
 
 
-__all__ = ["pack_codes", "packed_size", "unpack_codes"]
+def lookup_packed(packed: torch.Tensor, codebook: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
+    """The entries of float32 `codebook` `[groups, 2**bits]` that `numel` packed codes stand for, float32 `[numel]`.
+
+    Group g's codebook is for the codes `g * numel / groups` to `(g + 1) * numel / groups - 1`.
+    """
+    groups = codebook.shape[0]
+    whole_bytes = 8 % bits == 0 and numel * bits % (8 * groups) == 0
+    if whole_bytes and 4 * groups * 2048 // bits <= numel:
+        # a byte at a time, in a table of the entries that each byte stands for: small beside so many codes
+        every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
+        table = codebook[:, unpack_codes(every_byte, bits, 2048 // bits).view(256, -1).int()]
+        index = packed
+    else:
+        table, index = codebook[:, :, None], unpack_codes(packed, bits, numel)
+    index = index.view(groups, -1).int()
+    if groups > 1:
+        index += table.shape[1] * torch.arange(groups, dtype=torch.int32, device=index.device)[:, None]
+    table = table.flatten(0, 1)  # [groups * rows, codes a row]
+    if table.shape[1] == 2:
+        table = table.contiguous().view(torch.int64)  # numbers are gathered several times as fast as rows of two
+    return table.squeeze(1).index_select(0, index.view(-1)).view(torch.float32).view(-1)
+
+
+__all__ = ["lookup_packed", "pack_codes", "packed_size", "unpack_codes"]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, modeling_utils
 
 from repvgg_hf import RepVGGForImageClassification
-from repvgg_hf.modeling_repvgg import check_checkpoint_form
+from repvgg_hf.checkpoints import check_checkpoint_form
 
 TRAIN_INTO_DEPLOY = r"train-form checkpoint .* the model is fused \(deploy=True\).*deploy=False, then call model.repara"
 DEPLOY_INTO_TRAIN = r"fused checkpoint .* the model has branches \(deploy=False\).*with deploy=True"

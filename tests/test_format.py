@@ -1,6 +1,6 @@
-"""The format on disk, pinned by a file that none of the package's code made.
+"""The format on disk, pinned by two files that none of the package's code made: weights only, and with activations.
 
-`python tests/test_format.py` writes it again, which a change of the format (a new `format_version`) calls for, and
+`python tests/test_format.py` writes them again, which a change of the format (a new `format_version`) calls for, and
 nothing else.
 """
 
@@ -9,8 +9,10 @@ import shutil
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from repvgg_hf import RepVGGForImageClassification
@@ -23,6 +25,10 @@ LAYERS = {
     "repvgg.encoder.stages.1.layers.0.conv": ((6, 2, 3, 3), 3),  # two groups of three channels
     "classifier": ((4, 6), 5),
 }
+
+ACTIVATION_BITS = {"w3": None, "w3a8": 8}
+# layer: range of its input with 8 bits; the image has negative values
+INPUT_RANGES = dict(zip(LAYERS, [(0.03, 121), (0.02, 0), (0.015, 0), (0.01, 0)]))
 
 
 def codes_of(layer: int, numel: int, bits: int) -> list[int]:
@@ -45,7 +51,7 @@ def packed(codes: list[int], bits: int) -> list[int]:
     return [int(text[start : start + 8], 2) for start in range(0, len(text), 8)][::-1]
 
 
-def golden_tensors() -> dict[str, torch.Tensor]:
+def golden_tensors(activation_bits: int | None) -> dict[str, torch.Tensor]:
     tensors = {}
     for number, (name, (shape, bits)) in enumerate(LAYERS.items()):
         codes = codes_of(number, torch.Size(shape).numel(), bits)
@@ -54,6 +60,9 @@ def golden_tensors() -> dict[str, torch.Tensor]:
         tensors[f"{name}.weight_codes"] = torch.tensor(packed(codes, bits), dtype=torch.uint8)
         tensors[f"{name}.weight_codebook"] = torch.tensor(codebook, dtype=torch.float16)
         tensors[f"{name}.weight_scale"] = torch.tensor(scale, dtype=torch.float32)
+        if activation_bits is not None:
+            tensors[f"{name}.input_scale"] = torch.tensor(INPUT_RANGES[name][0], dtype=torch.float32)
+            tensors[f"{name}.input_zero_point"] = torch.tensor(INPUT_RANGES[name][1], dtype=torch.uint8)
         tensors[f"{name}.bias"] = torch.tensor([channel / 16 - 0.1 for channel in range(shape[0])])
     return tensors
 
@@ -75,7 +84,7 @@ def golden_checksum(tensors: dict[str, torch.Tensor]) -> str:
     return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
 
 
-def golden_config() -> dict:
+def golden_config(activation_bits: int | None) -> dict:
     return {
         "architectures": ["RepVGGForImageClassification"],
         "model_type": "repvgg",
@@ -100,49 +109,85 @@ def golden_config() -> dict:
             "symmetric": True,
             "range_method": "mse",
             "decode": "at_load",
-            "activation_bits": None,
-            "checksum": golden_checksum(golden_tensors()),
+            "activation_bits": activation_bits,
+            "checksum": golden_checksum(golden_tensors(activation_bits)),
         },
     }
 
 
+def files_of(name: str) -> tuple[Path, Path]:
+    """The weights and the configuration among the assets."""
+    config = "golden_config.json" if name == "w3" else f"golden_{name}_config.json"
+    return ASSETS / f"golden_{name}.safetensors", ASSETS / config
+
+
+@pytest.fixture(params=ACTIVATION_BITS)
+def name(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def golden(tmp_path) -> Path:
-    shutil.copy(ASSETS / "golden_w3.safetensors", tmp_path / "model.safetensors")
-    shutil.copy(ASSETS / "golden_config.json", tmp_path / "config.json")
+def golden(tmp_path, name) -> Path:
+    for source, target in zip(files_of(name), ("model.safetensors", "config.json")):
+        shutil.copy(source, tmp_path / target)
     return tmp_path
 
 
-def test_the_file_is_what_the_description_says():
-    tensors = load_file(ASSETS / "golden_w3.safetensors")
-    expected = golden_tensors()
+def test_the_file_is_what_the_description_says(name):
+    weights, config = files_of(name)
+    tensors, expected = load_file(weights), golden_tensors(ACTIVATION_BITS[name])
     assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
-    assert json.loads((ASSETS / "golden_config.json").read_text()) == golden_config()
+    for tensor_name, tensor in expected.items():
+        assert tensors[tensor_name].dtype == tensor.dtype and torch.equal(tensors[tensor_name], tensor)
+    assert json.loads(config.read_text()) == golden_config(ACTIVATION_BITS[name])
 
 
-def test_decoded_weights_are_the_formulas(golden):
+def test_decoded_weights_are_the_formulas(golden, name):
     model = RepVGGForImageClassification.from_pretrained(golden)
-    for name in LAYERS:
-        assert torch.equal(model.get_submodule(name).weight, golden_weight(name))
-    tensors = golden_tensors()
+    for layer in LAYERS:
+        assert torch.equal(model.get_submodule(layer).weight, golden_weight(layer))
+    tensors = golden_tensors(ACTIVATION_BITS[name])
     state = model.state_dict()
     assert state.keys() == tensors.keys()
-    assert all(
-        state[name].dtype == tensor.dtype and torch.equal(state[name], tensor) for name, tensor in tensors.items()
-    )
-    assert torch.isfinite(model(torch.ones(1, 3, 16, 16)).logits).all()
+    assert all(state[key].dtype == tensor.dtype and torch.equal(state[key], tensor) for key, tensor in tensors.items())
 
 
-def test_saving_again_gives_the_same_file(golden, tmp_path):
+def rounded(x: np.ndarray, layer: str, activation_bits: int | None) -> np.ndarray:
+    """ONNX QuantizeLinear and DequantizeLinear."""
+    if activation_bits is None:
+        return x
+    scale, zero_point = np.float32(INPUT_RANGES[layer][0]), INPUT_RANGES[layer][1]
+    integers = np.clip(np.rint(x / scale) + zero_point, 0, 2**activation_bits - 1)
+    return (integers - zero_point).astype(np.float32) * scale
+
+
+def test_logits_are_those_of_float_layers_between_roundings(golden, name):
+    activation_bits, biases = ACTIVATION_BITS[name], golden_tensors(None)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 6 - 3
+    x = pixels
+    for layer, groups in zip(list(LAYERS)[:3], (1, 1, 2)):
+        x = torch.from_numpy(rounded(x.numpy(), layer, activation_bits))
+        x = F.conv2d(x, golden_weight(layer), biases[f"{layer}.bias"], 2, 1, groups=groups).relu()
+    x = torch.from_numpy(rounded(x.mean(dim=(2, 3)).numpy(), "classifier", activation_bits))
+    expected = F.linear(x, golden_weight("classifier"), biases["classifier.bias"])
+    with torch.no_grad():
+        logits = RepVGGForImageClassification.from_pretrained(golden)(pixels).logits
+    assert expected.std() > 0.01
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_saving_again_gives_the_same_file(golden, name, tmp_path):
     RepVGGForImageClassification.from_pretrained(golden).save_pretrained(tmp_path / "again")
     again = tmp_path / "again"
-    assert (again / "model.safetensors").read_bytes() == (ASSETS / "golden_w3.safetensors").read_bytes()
-    config = json.loads((again / "config.json").read_text())
-    assert golden_config().items() <= config.items()
+    assert (again / "model.safetensors").read_bytes() == files_of(name)[0].read_bytes()
+    config, expected = json.loads((again / "config.json").read_text()), golden_config(ACTIVATION_BITS[name])
+    # options that came later have been added, with what they were before
+    quantization, expected_quantization = config.pop("quantization_config"), expected.pop("quantization_config")
+    assert config | expected == config and quantization | expected_quantization == quantization
 
 
 if __name__ == "__main__":
-    save_file(golden_tensors(), ASSETS / "golden_w3.safetensors", metadata={"format": "pt"})
-    (ASSETS / "golden_config.json").write_text(json.dumps(golden_config(), indent=2) + "\n")
+    for name, activation_bits in ACTIVATION_BITS.items():
+        weights, config = files_of(name)
+        save_file(golden_tensors(activation_bits), weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(golden_config(activation_bits), indent=2) + "\n")

@@ -12,7 +12,10 @@ import pytest
 import repvgg_hf
 
 ROOT = Path(repvgg_hf.__file__).parent
-CORE = ["configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster", "reparameterization"]
+CORE = [
+    "checkpoints", "cluster_layers", "configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster",
+    "reparameterization",
+]  # fmt: skip
 # parts of the package, and what each may import besides the core and itself
 PARTS = {"compression": [], "interop": [], "analysis": [], "hub": ["analysis"]}
 HEAVY = [

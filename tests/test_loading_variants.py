@@ -16,10 +16,13 @@ from transformers import AutoModelForImageClassification
 
 import repvgg_hf
 from repvgg_hf import ClusterConfig, RepVGGBackbone, RepVGGForImageClassification, RepVGGModel
-from repvgg_hf.quantization_cluster import ClusterLayer
+from repvgg_hf.cluster_layers import cluster_layers
 
 # the files of the runtime core, which a Hub repository gets for trust_remote_code
-CORE = ["configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster", "reparameterization"]
+CORE = [
+    "checkpoints", "cluster_layers", "configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster",
+    "reparameterization",
+]  # fmt: skip
 AUTO_MAP = {
     "AutoConfig": "configuration_repvgg.RepVGGConfig",
     "AutoModel": "modeling_repvgg.RepVGGModel",
@@ -41,10 +44,6 @@ def assert_close(actual, expected):
 
 def contents(folder: Path) -> dict:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def cluster_layers(model) -> dict:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, ClusterLayer)}
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +177,11 @@ def test_decoding_can_be_chosen_against_the_checkpoint(saved, tmp_path):
     assert contents(tmp_path / "again") == contents(saved.quantized)
     config.decode = "on_the_fly"
     model.save_pretrained(tmp_path / "lazy")
-    assert RepVGGForImageClassification.from_pretrained(tmp_path / "lazy").classifier.weight is None
+    assert RepVGGForImageClassification.from_pretrained(tmp_path / "lazy").classifier.on_the_fly
     eager = RepVGGForImageClassification.from_pretrained(
         tmp_path / "lazy", quantization_config=ClusterConfig(decode="at_load")
     )
+    assert not eager.classifier.on_the_fly
     assert torch.equal(eager.classifier.weight, saved.model.classifier.weight)
 
 
@@ -192,32 +192,28 @@ def test_the_float_layers_that_a_dequantised_checkpoint_gives(saved, tmp_path):
     assert_close(logits(RepVGGForImageClassification.from_pretrained(tmp_path), saved.pixel_values), saved.logits)
 
 
-class TestCodeFromTheRepository:
-    @pytest.fixture
-    def repository(self, saved, tmp_path):
-        folder = tmp_path / "repository"
-        shutil.copytree(saved.quantized, folder)
-        for name in CORE:
-            shutil.copy(Path(repvgg_hf.__file__).parent / f"{name}.py", folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
-        return folder
+@pytest.mark.parametrize("cls", [RepVGGForImageClassification, AutoModelForImageClassification])
+def test_no_quantization_config_at_all(cls, saved):
+    """`AutoModel` puts the `None` into the configuration, where nothing is left to tell what the codes mean."""
+    if cls is RepVGGForImageClassification:
+        model = cls.from_pretrained(saved.quantized, quantization_config=None)
+        assert_close(logits(model, saved.pixel_values), saved.logits)
+    else:
+        with pytest.raises(ValueError, match="quantised checkpoint .* leave out the argument quantization_config=None"):
+            cls.from_pretrained(saved.quantized, quantization_config=None)
 
-    def run(self, code, repository, pixel_values, tmp_path):
-        """What `code` leaves in `result`, run by a new interpreter outside the source tree."""
-        torch.save(pixel_values, tmp_path / "pixel_values.pt")
-        prologue = "import torch\ntorch.set_num_threads(1)\npixel_values = torch.load('pixel_values.pt')\n"
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-        process = subprocess.run(
-            [sys.executable, "-c", f"{prologue}{code}\ntorch.save(result, 'result.pt')\n", str(repository)],
-            capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment,
-        )  # fmt: skip
-        assert process.returncode == 0, process.stderr
-        return torch.load(tmp_path / "result.pt")
 
-    def test_without_the_package(self, saved, repository, tmp_path):
-        code = """
+def test_branches_are_not_offloaded(saved, tmp_path):
+    with pytest.raises(ValueError, match="^repvgg.*.conv is offloaded, but a block .*device_map='cpu', or reparam"):
+        RepVGGForImageClassification.from_pretrained(saved.train, device_map=DISK, offload_folder=tmp_path)
+
+
+WITHOUT_THEN_BESIDE_THE_PACKAGE = """
 import sys
+import torch
+
+torch.set_num_threads(1)
+folder, pixel_values = sys.argv[1], torch.load("pixel_values.pt")
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -226,44 +222,62 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 from transformers import AutoModel, AutoModelForImageClassification
-features = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)(pixel_values).pooler_output.detach()
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
-result = {"features": features, "logits": model.dequantize()(pixel_values).logits.detach()}
-for method in (model.quantize, model.prepare_qat):
+features = AutoModel.from_pretrained(folder, trust_remote_code=True)(pixel_values).pooler_output.detach()
+remote = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).dequantize()
+result = {"features": features, "logits": remote(pixel_values).logits.detach()}
+for method in (remote.quantize, remote.prepare_qat):
     try:
         method()
     except ImportError as error:
         result[method.__name__] = str(error)
-"""
-        result = self.run(code, repository, saved.pixel_values, tmp_path)
-        with torch.no_grad():
-            assert_close(result["features"], saved.model.repvgg(saved.pixel_values).pooler_output)
-        assert_close(result["logits"], saved.logits)
-        for method in ("quantize", "prepare_qat"):
-            assert result[method] == f"{method}() is part of the package: `pip install repvgg-hf`."
 
-    def test_beside_the_package(self, saved, repository, tmp_path):
-        """The installed package makes the codes and trains; the layers are those of the repository's code."""
-        code = """
-import sys
-from transformers import AutoModelForImageClassification
-options = {"bits": 3, "granularity": "per_channel"}
-remote = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True).dequantize()
+sys.meta_path.pop(0)
 import repvgg_hf
-local = repvgg_hf.RepVGGForImageClassification.from_pretrained(sys.argv[1]).dequantize()
+options = {"bits": 3, "granularity": "per_channel"}
+local = repvgg_hf.RepVGGForImageClassification.from_pretrained(folder).dequantize()
 remote.prepare_qat(repvgg_hf.ClusterConfig(**options))
 repvgg_hf.update_codebooks(remote)
 remote.quantize()
 local.prepare_qat(**options)
 repvgg_hf.update_codebooks(local)
 local.quantize()
-result = {"modules": [type(model.classifier).__module__ for model in (remote, local)]}
-result["logits"] = [model(pixel_values).logits.detach() for model in (remote, local)]
+result["modules"] = [type(model.classifier).__module__ for model in (remote, local)]
+result["again"] = [model(pixel_values).logits.detach() for model in (remote, local)]
 remote.save_pretrained("again")
+torch.save(result, "result.pt")
 """
-        result = self.run(code, repository, saved.pixel_values, tmp_path)
+
+
+class TestCodeFromTheRepository:
+    @pytest.fixture(scope="class")
+    def result(self, saved, tmp_path_factory) -> dict:
+        """What a new interpreter outside the source tree makes of a checkpoint that comes with its code."""
+        folder = tmp_path_factory.mktemp("remote")
+        shutil.copytree(saved.quantized, folder / "repository")
+        for name in CORE:
+            shutil.copy(Path(repvgg_hf.__file__).parent / f"{name}.py", folder / "repository")
+        config = json.loads((folder / "repository" / "config.json").read_text())
+        (folder / "repository" / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+        torch.save(saved.pixel_values, folder / "pixel_values.pt")
+        process = subprocess.run(
+            [sys.executable, "-c", WITHOUT_THEN_BESIDE_THE_PACKAGE, str(folder / "repository")],
+            capture_output=True, text=True, timeout=300, cwd=folder,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        return torch.load(folder / "result.pt") | {"folder": folder / "again"}
+
+    def test_without_the_package(self, saved, result):
+        with torch.no_grad():
+            assert_close(result["features"], saved.model.repvgg(saved.pixel_values).pooler_output)
+        assert_close(result["logits"], saved.logits)
+        for method in ("quantize", "prepare_qat"):
+            assert result[method] == f"{method}() is part of the package: `pip install repvgg-hf`."
+
+    def test_beside_the_package(self, saved, result):
+        """The installed package makes the codes and trains; the layers are those of the repository's code."""
         assert result["modules"][0].startswith("transformers_modules.")
-        assert result["modules"][1] == "repvgg_hf.quantization_cluster"
-        assert_close(*result["logits"])
-        again = RepVGGForImageClassification.from_pretrained(tmp_path / "again")
-        assert_close(logits(again, saved.pixel_values), result["logits"][1])
+        assert result["modules"][1] == "repvgg_hf.cluster_layers"
+        assert_close(*result["again"])
+        again = RepVGGForImageClassification.from_pretrained(result["folder"])
+        assert_close(logits(again, saved.pixel_values), result["again"][1])

@@ -114,6 +114,14 @@ class TestReparameterize:
         ):
             model.reparameterize()
 
+    def test_a_part_of_a_model_is_refused(self, make_model):
+        encoder = make_model().repvgg.encoder
+        keys = encoder.state_dict().keys()
+        for method in ("reparameterize", "quantize", "prepare_qat"):
+            with pytest.raises(ValueError, match=rf"a part of a model.*call {method}\(\) on the whole model"):
+                getattr(encoder, method)()
+        assert not encoder.config.deploy and encoder.state_dict().keys() == keys
+
     def test_the_result_can_be_fine_tuned(self, make_model, images):
         model = make_model().reparameterize().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

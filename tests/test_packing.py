@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg_hf.packing import pack_codes, packed_size, unpack_codes
+from repvgg_hf.packing import lookup_packed, pack_codes, packed_size, unpack_codes
 
 
 def bytes_of(codes: list[int], bits: int) -> list[int]:
@@ -77,3 +77,18 @@ def test_only_uint8_is_packed_and_unpacked(dtype):
 def test_packed_codes_of_another_length_are_refused(shape):
     with pytest.raises(ValueError, match=r"8 codes of 4 bits take a uint8 tensor of shape \[4\], got"):
         unpack_codes(torch.zeros(shape, dtype=torch.uint8), 4, 8)
+
+
+# few and many codes a codebook, whole bytes of them or not: each of them has its own way through the lookup
+@pytest.mark.parametrize("numel", [30, 12 * 1024, 12 * 1024 + 3], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_looking_up_entries(bits, groups, numel):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (groups, numel // groups), generator=generator).to(torch.uint8)
+    codebook = torch.randn(groups, 2**bits, generator=generator)
+    values = lookup_packed(pack_codes(codes, bits), codebook, bits, codes.numel())
+    assert values.dtype == torch.float32 and values.shape == (codes.numel(),)
+    for group, entries in enumerate(values.view(groups, -1).tolist()):
+        book = codebook[group].tolist()
+        assert entries == [book[code] for code in codes[group].tolist()]

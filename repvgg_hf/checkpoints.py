@@ -1,0 +1,135 @@
+"""Checkpoints: what is checked before and after loading one, its checksum, and replacing its files at once."""
+
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from .cluster_layers import cluster_layers
+
+
+def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
+    """Raise `ValueError` if checkpoint keys are of another form (branches, fused, quantised, QAT) than the model's.
+
+    `missing` and `unexpected` are the model's keys that the checkpoint lacks and the reverse.
+    """
+    if any(".weight_fake_quant." in key for key in unexpected):
+        raise ValueError(
+            "This is a checkpoint of quantisation-aware training: build the model, call prepare_qat() with the "
+            "options it was trained with, then load_state_dict(); or load the result of quantize() instead."
+        )
+    # codes alone may be those of a head that this model doesn't have
+    if any(key.endswith(".weight_codes") for key in unexpected) and any(key.endswith(".weight") for key in missing):
+        raise ValueError(
+            "This is a quantised checkpoint and the model is not: load it with from_pretrained(), keep the "
+            "quantization_config of its config.json, and leave out the argument quantization_config=None."
+        )
+    if any(key.endswith(".weight_codes") for key in missing):
+        raise ValueError(
+            "The model is quantised and the checkpoint is not: load the checkpoint into a float model, then "
+            "quantize() it."
+        )
+    if deploy and any(".conv.branches." in key for key in unexpected):
+        raise ValueError(
+            "This is a train-form checkpoint (its keys hold branches) and the model is fused (deploy=True): load it "
+            "with deploy=False, then call model.reparameterize()."
+        )
+    if (
+        not deploy
+        and any(".conv.branches." in key for key in missing)
+        and any(key.endswith(".conv.weight") for key in unexpected)
+    ):
+        raise ValueError(
+            "This is a fused checkpoint (its keys hold no branches) and the model has branches (deploy=False): load "
+            "it with deploy=True. Branches can't be recovered from a fused kernel."
+        )
+
+
+def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """CRC-32 over the names and bytes of some tensors, whatever their order and the files they are in."""
+    lines = []
+    for name, tensor in tensors:
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        lines.append(f"{name} {zlib.crc32(data):08x}")
+    return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
+
+
+def read_tensors(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in some safetensors files, by name."""
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (the reader itself is no iterable)
+                yield name, reader.get_tensor(name)
+
+
+def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -> None:
+    """Compare the tensors in safetensors `files` with those that `model`'s cluster layers expect, before loading.
+
+    Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents that
+    don't fit the checksum.
+    """
+    layers = {name.removeprefix("repvgg."): layer for name, layer in cluster_layers(model).items()}
+    expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
+    where = ", ".join(map(str, files))
+    tensors = dict(read_tensors(files))
+    strays = []  # float weights, or scales that quantization_config doesn't tell of
+    for name, tensor in tensors.items():
+        layer, _, key = name.removeprefix("repvgg.").rpartition(".")
+        if layer in layers and f"{layer}.{key}" not in expected:
+            strays.append(name)
+        wanted = expected.pop(f"{layer}.{key}", tensor)
+        # a bias is converted to the model's dtype, as in a float model
+        if tensor.shape != wanted.shape or (tensor.dtype != wanted.dtype and key != "bias"):
+            raise ValueError(
+                f"{name} in {where} is {tensor.dtype} {list(tensor.shape)}, but quantization_config asks for "
+                f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one "
+                "of them was edited. Download both again, or quantise the float model again."
+            )
+    if expected:
+        raise ValueError(
+            f"{next(iter(expected))} ({len(expected)} tensors in all) is not in {where}: these are not the quantised "
+            "weights that config.json describes. Remove quantization_config from it to load a float checkpoint, or "
+            "quantise again."
+        )
+    if strays:
+        raise ValueError(
+            f"{strays[0]} in {where} is none of the tensors that quantization_config asks for: config.json and the "
+            "weights are not of the same model, or one of them was edited. Download both again, or quantise the float "
+            "model again."
+        )
+    if checksum is not None and tensors_checksum(tensors.items()) != checksum:
+        raise ValueError(
+            f"The tensors in {where} don't fit the checksum in config.json: a file is damaged or of another model. "
+            "Download or save both again; if you changed the weights on purpose, remove checksum from "
+            "quantization_config."
+        )
+
+
+def replace_files(source: Path, target: Path) -> None:
+    """Move the files of `source` into `target`. If anything interrupts it, `target` is as before."""
+    new = {path.name for path in source.iterdir()}
+    old = {path.name for path in target.iterdir() if path.name in new}
+    if new & {"model.safetensors", "model.safetensors.index.json"}:  # else they lie beside: a variant, an adapter
+        weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+        old |= {path.name for path in target.iterdir() if weights.fullmatch(path.name)}
+    backup = source / ".old"
+    backup.mkdir()
+    try:
+        for name in old:
+            os.replace(target / name, backup / name)
+        for name in new:
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in new - old:
+            (target / name).unlink(missing_ok=True)
+        for path in backup.iterdir():
+            os.replace(path, target / path.name)
+        raise
+
+
+__all__ = ["check_checkpoint", "check_checkpoint_form", "replace_files", "tensors_checksum"]

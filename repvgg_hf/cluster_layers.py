@@ -1,0 +1,294 @@
+"""Layers whose weight is stored as packed codes and a codebook: putting them into a model, decoding, checking.
+
+W[o, ...] = scale[o] * codebook[group(o)][code[o, ...]]
+
+With activation bits the layer's input x is rounded to integers too, as ONNX QuantizeLinear and DequantizeLinear do:
+
+x_q = (clamp(round(x / input_scale) + input_zero_point, 0, 2**bits - 1) - input_zero_point) * input_scale
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .packing import lookup_packed, pack_codes, packed_size, unpack_codes
+from .reparameterization import require_in_memory
+
+CODEBOOK_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """`x` rounded to the unsigned integers of `bits` bits and back, computed in float32, in the dtype of `x`.
+
+    `scale` is a positive 0-dim float32 tensor, `zero_point` a 0-dim uint8 tensor. Halves are rounded to even. No
+    gradient passes. PyTorch's own fake quantisation multiplies by the reciprocal of the scale, which rounds otherwise.
+    """
+    zero_point = zero_point.float()
+    integers = (x.float() / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+    return integers.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is one, and no stand-in for one that `torch.export` or `torch.func` computes with."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a wrapper of torch.func
+        return False
+    return type(tensor) is torch.Tensor
+
+
+class ClusterLayer(nn.Module):
+    """A weight stored as packed codes, codebook and scale. Base of [`ClusterConv2d`] and [`ClusterLinear`].
+
+    Args:
+        layer: the float layer whose place it takes; only its shapes, bias, dtype and device are read.
+        bits: of a code.
+        groups: number of codebooks, divides the output channels.
+        channel_scale: whether there is a scale a channel.
+        codebook_dtype: `torch.float16`, `torch.float32` or `torch.int8`.
+        on_the_fly: decode in every forward pass instead of keeping the dense weight beside the codes.
+        activation_bits: of the layer's input, 2 to 8, or `None` to leave it as it is. The range is set by
+            [`set_input_range`] or loaded; until then the outputs are NaN.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        bits: int,
+        groups: int,
+        channel_scale: bool,
+        codebook_dtype: torch.dtype,
+        on_the_fly: bool = False,
+        activation_bits: int | None = None,
+    ):
+        super().__init__()
+        self.weight_shape = tuple(layer.weight.shape)
+        self.weight_numel = layer.weight.numel()
+        self.bits, self.groups, self.on_the_fly = bits, groups, on_the_fly
+        self.activation_bits = activation_bits
+        device = layer.weight.device
+        codes = torch.empty(packed_size(self.weight_numel, bits), dtype=torch.uint8, device=device)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_codebook", torch.empty(groups, 2**bits, dtype=codebook_dtype, device=device))
+        scale = torch.empty(self.weight_shape[0], dtype=torch.float32, device=device) if channel_scale else None
+        self.register_buffer("weight_scale", scale)
+        if activation_bits is not None:
+            self.register_buffer("input_scale", torch.full((), math.nan, dtype=torch.float32, device=device))
+            self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8, device=device))
+        self.bias = layer.bias
+        self.compute_dtype = layer.weight.dtype
+        self.forget_weight()
+
+    def set_codes(self, codes: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None = None):
+        """Store uint8 `codes` of the weight's shape, `codebook` `[groups, 2**bits]` and `scale` `[out]` or `None`."""
+        self.weight_codes.copy_(pack_codes(codes, self.bits))
+        self.weight_codebook.copy_(codebook)
+        if self.weight_scale is not None:
+            self.weight_scale.copy_(scale)
+        self.forget_weight()
+
+    def set_input_range(self, scale: float, zero_point: int = 0):
+        """Round the input to `scale * (q - zero_point)` with q from 0 to `2**activation_bits - 1`.
+
+        Raises `ValueError` for a scale that is not positive and finite in float32, or a zero point outside q's range.
+        """
+        if self.activation_bits is None:
+            raise ValueError("The layer's input is not quantised: set activation_bits in the ClusterConfig.")
+        highest = 2**self.activation_bits - 1
+        stored = torch.tensor(scale, dtype=torch.float32).item()
+        if not 0 < stored < math.inf:
+            raise ValueError(f"scale must be positive and finite in float32, got {scale!r}.")
+        if not 0 <= zero_point <= highest or zero_point != int(zero_point):
+            raise ValueError(f"zero_point must be an integer from 0 to {highest}, got {zero_point!r}.")
+        self.input_scale.fill_(stored)
+        self.input_zero_point.fill_(int(zero_point))
+
+    def codes(self) -> torch.Tensor:
+        """The codes, uint8, of the weight's shape."""
+        return unpack_codes(self.weight_codes, self.bits, self.weight_numel).view(self.weight_shape)
+
+    def decoded(self) -> torch.Tensor:
+        """The weight, computed in float32 and returned in the layer's dtype; a kernel has its channels last."""
+        weight = lookup_packed(self.weight_codes, self.weight_codebook.float(), self.bits, self.weight_numel)
+        weight = weight.view(self.weight_shape)
+        if weight.dim() == 4:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        if self.weight_scale is not None:
+            weight *= self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
+        return weight.to(self.compute_dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight in the layer's dtype: decoded at first use and kept, or every time if `on_the_fly`."""
+        if self.keeps_weight:
+            self.decode_once()
+        dense = self._buffers.get("dense_weight")
+        return self.decoded() if dense is None else dense
+
+    @torch.compiler.assume_constant_result  # a compiled model decodes while it is traced; its graph has the result
+    def decode_once(self) -> None:
+        """Decode the dense weight, if that is still to be done.
+
+        Threads that do it at once get the same values twice. Under `torch.export`, or inside a transformation of
+        `torch.func`, nothing is kept: there the result is no tensor that outlives the call.
+        """
+        if "dense_weight" in self._buffers:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be of no use in training
+            weight = self.decoded()
+        if _has_memory(weight):
+            self.register_buffer("dense_weight", weight, persistent=False)
+
+    def forget_weight(self):
+        """Drop the dense weight, which is decoded again when it is needed; call it after changing the codes."""
+        self._buffers.pop("dense_weight", None)
+        self._non_persistent_buffers_set.discard("dense_weight")
+        # offloaded: decoded in every forward pass, while the codes are on the device
+        self.keeps_weight = not self.on_the_fly and not self.weight_codes.is_meta
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget_weight()
+
+    def _apply(self, fn, recurse=True):
+        names = [
+            name for name in ("weight_codebook", "weight_scale", "input_scale") if self._buffers.get(name) is not None
+        ]
+        stored = {name: self._buffers[name] for name in names}
+        super()._apply(fn, recurse)
+        # `.half()` and `.to(bfloat16)` are for what is computed, not for what is stored: saving again stays lossless
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=stored["weight_codebook"].device)).dtype
+        if dtype != self.compute_dtype:
+            self.compute_dtype = dtype
+            self.forget_weight()  # the codes give a wider dtype all its digits again
+        return self
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` on the grid of the layer's input, or as it is without activation bits."""
+        if self.activation_bits is None:
+            return x
+        return fake_quantize(x, self.input_scale, self.input_zero_point, self.activation_bits)
+
+    def check(self, name: str):
+        """Raise `ValueError` naming the tensor if a loaded codebook, scale or input range can't be right."""
+        fix = "the checkpoint is damaged: download it again or quantise the float model again."
+        codebook = self.weight_codebook.float()
+        if not codebook.isfinite().all():
+            raise ValueError(f"{name}.weight_codebook has NaN or infinite entries; {fix}")
+        if (codebook.diff(dim=1) < 0).any():
+            raise ValueError(f"{name}.weight_codebook is not ascending; {fix}")
+        if self.weight_scale is not None and not self.weight_scale.isfinite().all():
+            raise ValueError(f"{name}.weight_scale has NaN or infinite entries; {fix}")
+        if self.activation_bits is None:
+            return
+        if not 0 < self.input_scale.item() < math.inf:
+            raise ValueError(f"{name}.input_scale is {self.input_scale.item()}, not positive and finite; {fix}")
+        if self.input_zero_point.item() >= 2**self.activation_bits:
+            raise ValueError(
+                f"{name}.input_zero_point is {self.input_zero_point.item()}, and {self.activation_bits} bits end at "
+                f"{2**self.activation_bits - 1}; {fix}"
+            )
+
+    def extra_repr(self) -> str:
+        scale = ", channel_scale" if self.weight_scale is not None else ""
+        dtype = str(self.weight_codebook.dtype).removeprefix("torch.")
+        activation = f", activation_bits={self.activation_bits}" if self.activation_bits is not None else ""
+        return (
+            f"weight={list(self.weight_shape)}, bits={self.bits}, codebooks={self.groups} x {dtype}{scale}{activation}"
+        )
+
+
+class ClusterConv2d(ClusterLayer):
+    """An `nn.Conv2d` with a cluster-quantised weight."""
+
+    def __init__(self, layer: nn.Conv2d, *args, **kwargs):
+        super().__init__(layer, *args, **kwargs)
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.conv_groups = layer.groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.quantized_input(x)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.conv_groups)
+
+
+class ClusterLinear(ClusterLayer):
+    """An `nn.Linear` with a cluster-quantised weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.quantized_input(x), self.weight, self.bias)
+
+
+LAYER_CLASSES = {nn.Conv2d: ClusterConv2d, nn.Linear: ClusterLinear}
+
+
+def cluster_layers(model: nn.Module) -> dict[str, ClusterLayer]:
+    """The cluster layers of `model`, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ClusterLayer)}
+
+
+def replace_with_cluster_layers(model: nn.Module, config) -> dict[str, ClusterLayer]:
+    """Put an empty cluster layer in the place of every convolution and linear layer of a fused `model` that the
+    `ClusterConfig` converts; returns them by name.
+    """
+    layers = {
+        name: LAYER_CLASSES[type(layer)](
+            layer,
+            bits=config.bits_of(name),
+            groups=config.groups_of(name, layer.weight.shape[0]),
+            channel_scale=config.channel_scale,
+            codebook_dtype=CODEBOOK_DTYPES[config.codebook_dtype],
+            on_the_fly=config.decode == "on_the_fly",
+            activation_bits=config.activation_bits,
+        )
+        for name, layer in model.named_modules()
+        if type(layer) in LAYER_CLASSES and config.converts(name)
+    }
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+@torch.no_grad()
+def check_layers(model: nn.Module) -> None:
+    """Check what was loaded into the cluster layers, see [`ClusterLayer.check`]; an offloaded layer is left alone."""
+    for name, layer in cluster_layers(model).items():
+        if not layer.weight_codes.is_meta:
+            layer.check(name)
+        layer.forget_weight()
+
+
+def decode_layers(model: nn.Module, on_the_fly: bool | None = None) -> None:
+    """Decode every cluster layer's weight now; `on_the_fly`, if given, overrides which layers keep it."""
+    for layer in cluster_layers(model).values():
+        if on_the_fly is not None:
+            layer.on_the_fly = on_the_fly
+            layer.forget_weight()
+        if layer.keeps_weight:
+            layer.decode_once()
+
+
+@torch.no_grad()
+def dequantize_layers(model: nn.Module) -> None:
+    """Replace every cluster layer in `model` by the float layer with the decoded weight, which rounds no input."""
+    require_in_memory(model)
+    for name, layer in cluster_layers(model).items():
+        weight = layer.decoded()
+        if isinstance(layer, ClusterConv2d):
+            out_channels, in_channels, *kernel_size = layer.weight_shape
+            dense = nn.Conv2d(
+                in_channels * layer.conv_groups, out_channels, kernel_size, layer.stride, layer.padding,
+                layer.dilation, layer.conv_groups, bias=layer.bias is not None, device="meta",
+            )  # fmt: skip
+        else:
+            dense = nn.Linear(layer.weight_shape[1], layer.weight_shape[0], bias=layer.bias is not None, device="meta")
+        dense.weight, dense.bias = nn.Parameter(weight), layer.bias
+        model.set_submodule(name, dense)
+
+
+__all__ = ["ClusterConv2d", "ClusterLayer", "ClusterLinear", "fake_quantize"]
