@@ -1,8 +1,9 @@
 """Making a quantised model: clustering, post-training quantisation, quantisation-aware training."""
 
 from .clustering import assign, kmeans_1d
+from .fake_quantize import ClusterFakeQuantize
 from .ptq import quantize_model
-from .qat import ClusterFakeQuantize, QATCallback, prepare_qat, update_codebooks
+from .qat import QATCallback, prepare_qat, restore_qat, update_codebooks
 
 __all__ = [
     "ClusterFakeQuantize",
@@ -11,5 +12,6 @@ __all__ = [
     "kmeans_1d",
     "prepare_qat",
     "quantize_model",
+    "restore_qat",
     "update_codebooks",
 ]

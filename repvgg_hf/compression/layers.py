@@ -15,11 +15,17 @@ logger = logging.get_logger(__name__)
 def resolve_config(method: str | ClusterConfig | None, bits: int | None, options: dict) -> ClusterConfig:
     """A [`ClusterConfig`] from the arguments of `quantize` and `prepare_qat`."""
     if isinstance(method, str) or method is None:
-        return ClusterConfig(method=method or "cluster", bits=4 if bits is None else bits, **options)
+        method = ClusterConfig(method=method or "cluster", bits=4 if bits is None else bits, **options)
+        bits, options = None, {}
     if not hasattr(method, "bits_of"):  # no isinstance: it may be of a copy of the code that came with a checkpoint
         raise ValueError(f"method must be 'cluster', 'uniform' or a ClusterConfig, got {method!r}.")
     if bits is not None or options:
         raise ValueError("Give either a whole ClusterConfig or its arguments, not both.")
+    if method.method == "cluster" and (method.symmetric or method.preserve_zero):
+        raise ValueError(
+            "Codebooks of method='cluster' can't be made symmetric or with an exact zero: leave symmetric and "
+            "preserve_zero at False, or use method='uniform', whose grids have both."
+        )
     return copy.deepcopy(method)  # saving writes a checksum into the model's own
 
 
@@ -45,8 +51,13 @@ def require_finite(name: str, layer: nn.Module) -> None:
         raise ValueError(f"The weight of {name!r} has {count} NaN or infinite entries: train or load the model again.")
 
 
-def quantize_layer(name: str, layer: nn.Module, config: ClusterConfig) -> QuantizedWeight:
-    """Quantise one layer's weight. Raises `ValueError` naming the layer if that can't be done."""
+def quantize_layer(
+    name: str, layer: nn.Module, config: ClusterConfig, importance: torch.Tensor | None = None
+) -> QuantizedWeight:
+    """Quantise one layer's weight for the least squared error, weighted by `importance` of the weight's shape.
+
+    Raises `ValueError` naming the layer if that can't be done.
+    """
     require_finite(name, layer)
     bits, groups = config.bits_of(name), config.groups_of(name, layer.weight.shape[0])
     if layer.weight.numel() // groups < 2**bits:
@@ -55,6 +66,6 @@ def quantize_layer(name: str, layer: nn.Module, config: ClusterConfig) -> Quanti
             name, layer.weight.numel() // groups, 2**bits,
         )  # fmt: skip
     try:
-        return quantize_weight(layer.weight, bits, groups, config)
+        return quantize_weight(layer.weight, bits, groups, config, importance)
     except ValueError as error:
         raise ValueError(f"{name!r} can't be quantised: {error}") from error

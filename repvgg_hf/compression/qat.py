@@ -1,150 +1,226 @@
 """Quantisation-aware training: the model computes with the quantised equivalent kernels while its parameters train."""
 
+import dataclasses
+
 import torch
-import torch.nn.functional as F
+import torch.distributed as distributed
 from torch import nn
 from transformers import TrainerCallback
 
 from ..quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
-from .layers import fused_layers, quantize_layer, resolve_config
-from .weights import QuantizedWeight, fit_scale, lookup, nearest, segment_means
+from ..reparameterization import ReparamConv2d
+from .fake_quantize import ClusterFakeQuantize, FakeQuantize
+from .input_quantize import InputFakeQuantize
+from .layers import fused_layers, resolve_config
+from .oscillation import OscillationFreezing
+from .qat_layers import (
+    QAT_CLASSES,
+    QATReparamConv2d,
+    add_fake_quantizers,
+    kernel_shape,
+    qat_layers,
+    restore_float_layers,
+)
+from .qat_options import QATOptions
+from .starting import CalibrationOptions, calibrated_start, move_to, plain_start
+from .uniform import UniformFakeQuantize
+from .weights import QuantizedWeight
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The quantised value forward, the gradient unchanged backward, also for a kernel outside the codebook's range."""
-
-    @staticmethod
-    def forward(ctx, kernel, quantized):
-        return quantized.clone()
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return grad_output, None
-
-
-class ClusterFakeQuantize(nn.Module):
-    """Maps a kernel `[out, ...]` to its quantised value, with a codebook that follows the kernel as it trains.
-
-    Args:
-        weight: how post-training quantisation codes the kernel; its codebook and scale are the start.
-        codebook_dtype: in which the codebook will be stored. The forward pass rounds to it, so that what is trained is
-            what is shipped.
-        momentum: of the moving average of the codebook and the channel scale over optimiser steps.
-
-    The float32 codebook `[groups, 2**bits]` and scale `[out]` are persistent buffers: part of every checkpoint.
-    """
-
-    def __init__(self, weight: QuantizedWeight, codebook_dtype: torch.dtype, momentum: float = 0.9):
-        super().__init__()
-        self.codebook_dtype, self.momentum = codebook_dtype, momentum
-        self.register_buffer("codebook", weight.codebook.float())
-        self.register_buffer("scale", None if weight.scale is None else weight.scale.clone())
-
-    def stored_codebook(self) -> torch.Tensor:
-        """The codebook in the dtype that it is saved in."""
-        if self.codebook_dtype == torch.int8:
-            return self.codebook.round().clamp(-127, 127).to(torch.int8)
-        return self.codebook.to(self.codebook_dtype)
-
-    @torch.no_grad()
-    def quantized(self, kernel: torch.Tensor) -> QuantizedWeight:
-        """Codes, codebook and scale for `kernel`, as they are saved."""
-        stored = self.stored_codebook()
-        return QuantizedWeight(nearest(kernel.float(), stored.float(), self.scale), stored, self.scale)
-
-    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            codebook = self.stored_codebook().float()
-            quantized = lookup(nearest(kernel.float(), codebook, self.scale), codebook, self.scale).to(kernel.dtype)
-            if kernel.dim() == 4:  # the layout of the layer that it becomes: both add in the same order
-                quantized = quantized.contiguous(memory_format=torch.channels_last)
-        return _StraightThrough.apply(kernel, quantized)
-
-    @torch.no_grad()
-    def update(self, kernel: torch.Tensor) -> None:
-        """One k-means step on `kernel`: move the entries towards the means of their weights, then the scales."""
-        rows = kernel.float().flatten(1)
-        codes = nearest(rows, self.codebook, self.scale)
-        means = segment_means(rows, codes, self.codebook, self.scale)
-        self.codebook.lerp_(means, 1 - self.momentum).copy_(self.codebook.sort(dim=1).values)
-        if self.scale is not None:
-            codes = nearest(rows, self.codebook, self.scale)
-            self.scale.lerp_(fit_scale(rows, codes, self.codebook, self.scale), 1 - self.momentum)
-
-    def extra_repr(self) -> str:
-        scale = ", channel_scale" if self.scale is not None else ""
-        return f"codebooks={list(self.codebook.shape)}{scale}, momentum={self.momentum}"
-
-
-class QATConv2d(nn.Conv2d):
-    """An `nn.Conv2d` that computes with its fake-quantised weight."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, self.weight_fake_quant(self.weight), self.bias)
-
-
-class QATLinear(nn.Linear):
-    """An `nn.Linear` that computes with its fake-quantised weight."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight_fake_quant(self.weight), self.bias)
-
-
-QAT_CLASSES = {nn.Conv2d: QATConv2d, nn.Linear: QATLinear}
-FLOAT_CLASSES = {qat: plain for plain, qat in QAT_CLASSES.items()}
-
-
-def fake_quantizers(model: nn.Module) -> dict[str, ClusterFakeQuantize]:
+def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
     """The fake quantisers of a model, by the name of the layer whose kernel they quantise."""
-    suffix = ".weight_fake_quant"
+    return {name: layer.weight_fake_quant for name, layer in qat_layers(model).items()}
+
+
+def trained_input_ranges(model: nn.Module) -> dict[str, tuple[float, int]]:
+    """(scale, zero point) of the quantised inputs of a model, by the name of the layer that takes them."""
+    layers = qat_layers(model)
     return {
-        name.removesuffix(suffix): module
-        for name, module in model.named_modules()
-        if isinstance(module, ClusterFakeQuantize)
+        name: layer.input_fake_quant.range() for name, layer in layers.items() if "input_fake_quant" in layer._modules
     }
 
 
 def remove_fake_quantizers(model: nn.Module) -> None:
-    """Make the model compute with its float kernels again."""
-    for name in fake_quantizers(model):
-        layer = model.get_submodule(name)
-        layer.__class__ = FLOAT_CLASSES.get(type(layer), type(layer))
-        del layer.weight_fake_quant
-        if type(layer) not in QAT_CLASSES:
-            layer.weight_fake_quant = None  # a block of branches looks whether it has one
+    """Make the model compute with its float kernels again, and forget how it was prepared."""
+    restore_float_layers(model)
+    model.config.qat_config = None
 
 
 @torch.no_grad()
-def prepare_qat(model, method: str | ClusterConfig = "cluster", bits: int | None = None, **options):
-    """See `RepVGGPreTrainedModel.prepare_qat`."""
+def prepare_qat(model, method: str | ClusterConfig = "cluster", bits: int | None = None, calibration=None, **options):
+    """Make `model` compute with quantised weights while its parameters train, in place; returns it.
+
+    Args:
+        model: a float model, with branches or fused.
+        method: `"cluster"`, `"uniform"` (LSQ) or a whole `ClusterConfig`.
+        bits: 1 to 8, default 4.
+        calibration: images, as for `quantize`: training then starts from calibrated post-training quantisation.
+        options: further arguments of `ClusterConfig`, [`QATOptions`] and, with `calibration`, `CalibrationOptions`.
+
+    Everything is computed first: an error leaves `model` unchanged. Raises `ValueError` for a quantised or prepared
+    model, bad options, weights that aren't finite, or `activation_bits` without calibration images.
+    """
     if getattr(model, "is_quantized", False):
         raise ValueError("The model holds packed codes, which don't train: call model.dequantize() first.")
     if fake_quantizers(model):
-        raise ValueError("The model is prepared for QAT already: train it, or call quantize() to freeze it.")
+        raise ValueError(
+            f"The model is prepared for QAT already, with {_described(model.qat_config)}: train it, or call quantize() "
+            "to freeze it. For other bits use set_bits(), or prepare the float model anew."
+        )
+    qat_options = _take(QATOptions, options)
+    calibration_options = _take(CalibrationOptions, options) if calibration is not None else None
     config = resolve_config(method, bits, options)
-    if config.method != "cluster":
-        raise ValueError(f"prepare_qat trains method='cluster', got {config.method!r}.")
+    if config.activation_bits is not None and calibration is None:
+        raise ValueError(
+            "activation_bits needs calibration data for the ranges to start from: pass calibration=, a DataLoader or "
+            "dataset of a few hundred images."
+        )
     _, layers = fused_layers(model)
     config.check_names(list(layers))
-    weights = {name: quantize_layer(name, layer, config) for name, layer in layers.items() if config.converts(name)}
-    for name, weight in weights.items():
+    if calibration is None:
+        start = plain_start(layers, config)
+    else:
+        start, config = calibrated_start(model, config, calibration, calibration_options)
+    fake = {name: make_fake_quantizer(layer.weight, config, qat_options) for name, layer in start.items()}
+    for name, quantized in start.items():
         layer = model.get_submodule(name)
-        layer.weight_fake_quant = ClusterFakeQuantize(weight, CODEBOOK_DTYPES[config.codebook_dtype])
-        layer.__class__ = QAT_CLASSES.get(type(layer), type(layer))
-    model.qat_config = config
+        if calibration is not None:
+            kernel = quantized.weight.decoded() if qat_options.start == "decoded" else layers[name].weight
+            move_to(layer, kernel, quantized.bias)
+        inputs = _input_quantizer(quantized.input_range, config, qat_options)
+        add_fake_quantizers(layer, fake[name], inputs, qat_options.batch_norm_every)
+    describe(model, config, qat_options)
     return model
+
+
+def restore_qat(model, settings: dict) -> None:
+    """Prepare a `model` on the meta device as `config.qat_config` says, for the weights of a checkpoint to be loaded.
+
+    A model that was prepared as part of another one, under other names, is prepared again.
+    """
+    if fake_quantizers(model):
+        restore_float_layers(model)
+    config, options = ClusterConfig(**settings["quantization"]), QATOptions(**settings["options"])
+    blocks = [name for name, module in model.named_modules() if isinstance(module, ReparamConv2d)]
+    for name, layer in list(model.named_modules()):
+        if type(layer) in QAT_CLASSES and config.converts(name) and not any(name.startswith(f"{b}.") for b in blocks):
+            shape = kernel_shape(layer)
+            groups, k = config.groups_of(name, shape[0]), 2 ** config.bits_of(name)
+            with torch.device("meta"):
+                scale = torch.empty(shape[0]) if config.channel_scale else None
+                weight = QuantizedWeight(torch.empty(shape, dtype=torch.uint8), torch.empty(groups, k), scale)
+                input_range = None if config.activation_bits is None else (1.0, 0)
+                fake = make_fake_quantizer(weight, config, options)
+                fake.known_steps = None
+                inputs = _input_quantizer(input_range, config, options)
+            add_fake_quantizers(layer, fake, inputs, options.batch_norm_every)
+    describe(model, config, options)
+
+
+def _take(options_class, options: dict):
+    """An instance of `options_class` from those of `options` that it has; they are removed."""
+    names = {field.name for field in dataclasses.fields(options_class)}
+    return options_class(**{name: options.pop(name) for name in list(options) if name in names})
+
+
+def _described(config: ClusterConfig) -> str:
+    return f"method={config.method!r}, bits={config.bits}"
+
+
+def describe(model, config: ClusterConfig, options: QATOptions) -> None:
+    """Note how `model` is prepared, on itself and in what becomes its config.json."""
+    model.qat_config, model.qat_options = config, options
+    model.config.qat_config = {"quantization": config.to_dict(), "options": dataclasses.asdict(options)}
+
+
+def make_fake_quantizer(weight: QuantizedWeight, config: ClusterConfig, options: QATOptions) -> FakeQuantize:
+    """The fake quantiser that starts at a layer's quantised `weight`."""
+    freezing = None
+    if options.freeze_threshold is not None:
+        freezing = OscillationFreezing(weight.codes, options.freeze_threshold, options.freeze_momentum)
+    dtype = CODEBOOK_DTYPES[config.codebook_dtype]
+    if config.method == "uniform":
+        return UniformFakeQuantize(weight, dtype, config.symmetric, options.update_every, freezing)
+    return ClusterFakeQuantize(
+        weight, dtype, options.codebook_update, options.momentum, options.update_every,
+        config.symmetric, config.preserve_zero, freezing,
+    )  # fmt: skip
+
+
+def _input_quantizer(input_range, config: ClusterConfig, options: QATOptions) -> InputFakeQuantize | None:
+    if input_range is None:
+        return None
+    return InputFakeQuantize(
+        config.activation_bits, *input_range, options.activation_update, options.activation_momentum
+    )
 
 
 @torch.no_grad()
 def update_codebooks(model: nn.Module) -> None:
-    """Move every codebook one step towards its kernel. Call it once after each optimiser step, on every rank."""
-    for name, fake_quantize in fake_quantizers(model).items():
-        layer = model.get_submodule(name)
-        fake_quantize.update(layer.weight if type(layer) in FLOAT_CLASSES else layer.equivalent()[0])
+    """Move what is to be moved after an optimiser step. Call it once after each one, on every rank."""
+    for layer in qat_layers(model).values():
+        if isinstance(layer, QATReparamConv2d) and layer.estimates_statistics:
+            _average_statistics(layer)
+        layer.weight_fake_quant.step(layer.kernel)
+        if isinstance(layer, QATReparamConv2d):
+            layer.choose_statistics()
+
+
+def _average_statistics(block: ReparamConv2d) -> None:
+    """Each rank has the statistics of its own images: give all the mean."""
+    if distributed.is_available() and distributed.is_initialized():
+        for name, buffer in block.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                distributed.all_reduce(buffer.div_(distributed.get_world_size()))
+
+
+def check_gradients(model: nn.Module, step: int) -> None:
+    """Raise `RuntimeError` naming the step and the layer if a gradient is NaN or infinite.
+
+    Before the optimiser uses it: the parameters are then still good.
+    """
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    if named and not nn.utils.get_total_norm([gradient for _, gradient in named]).isfinite():
+        raise diverged(model, step)
+
+
+def diverged(model: nn.Module, step: int) -> RuntimeError:
+    """The error that names where the gradients of `model` are not finite, to be raised."""
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    where = f"of {names[0]} and {len(names) - 1} other parameters" if names else "as a whole"
+    return RuntimeError(
+        f"The gradients {where} are NaN or infinite in optimiser step {step}: lower the learning rate, or go on from "
+        "an earlier checkpoint. This step was not taken, checkpoints before it are good."
+    )
 
 
 class QATCallback(TrainerCallback):
-    """Moves the codebooks after every optimiser step of a `Trainer`."""
+    """Moves the codebooks after every optimiser step of a `Trainer`, and stops it with a `RuntimeError` if it diverges.
+
+    (With fp16 a loss scaler skips steps whose gradients are too large: there nothing is checked.)
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not args.fp16:
+            check_gradients(model, state.global_step + 1)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         update_codebooks(model)
+
+
+__all__ = [
+    "QAT_CLASSES",
+    "ClusterFakeQuantize",
+    "QATCallback",
+    "check_gradients",
+    "fake_quantizers",
+    "prepare_qat",
+    "remove_fake_quantizers",
+    "restore_qat",
+    "trained_input_ranges",
+    "update_codebooks",
+]

@@ -11,7 +11,7 @@ from torch import nn
 
 from repvgg_hf import ClusterConfig, ClusterConv2d, ClusterLinear, RepVGGForImageClassification
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes, kernel_report
-from repvgg_hf.compression import ptq
+from repvgg_hf.compression import starting
 
 FORMATS = {
     "per_tensor": {"granularity": "per_tensor"},
@@ -154,13 +154,13 @@ def test_an_error_leaves_the_model_as_it_was(failure, form, model, pixel_values,
         if form == "deploy":
             message = r"The weight of 'repvgg.encoder.stages.1.layers.1.conv' has 9 NaN or infinite entries"
     elif failure == "interrupt":
-        calls, quantize_layer = [], ptq.quantize_layer
+        calls, quantize_layer = [], starting.quantize_layer
 
         def interrupted(*args):
             calls.append(args)
             return quantize_layer(*args) if len(calls) < 4 else interrupt()
 
-        monkeypatch.setattr(ptq, "quantize_layer", interrupted)
+        monkeypatch.setattr(starting, "quantize_layer", interrupted)
     modules = dict(model.named_modules())
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
@@ -179,6 +179,12 @@ def test_an_error_leaves_the_model_as_it_was(failure, form, model, pixel_values,
 def test_a_method_that_is_none_is_refused(method, model):
     with pytest.raises(ValueError, match="method must be 'cluster', 'uniform' or a ClusterConfig, got"):
         model.quantize(method)
+
+
+@pytest.mark.parametrize("option", ["symmetric", "preserve_zero"])
+def test_structured_codebooks_are_refused(option, model):
+    with pytest.raises(ValueError, match="can't be made symmetric or with an exact zero: leave"):
+        model.quantize(**{option: True})
 
 
 def test_a_config_and_arguments_are_refused(model):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from repvgg_hf import ClusterConfig
-from repvgg_hf.compression import qat
-from repvgg_hf.compression.qat import fake_quantizers
+from repvgg_hf import ClusterConfig, QATCallback
+from repvgg_hf.compression.annealing import set_bits
+from repvgg_hf.compression.qat import check_gradients, fake_quantizers
+from repvgg_hf.compression.qat_layers import qat_layers
 
 
 def logits(model, batch) -> torch.Tensor:
@@ -14,8 +16,8 @@ def logits(model, batch) -> torch.Tensor:
 
 
 def test_a_model_prepared_already(make_model):
-    with pytest.raises(ValueError, match="prepared for QAT already: train it, or call quantize"):
-        make_model().prepare_qat().prepare_qat()
+    with pytest.raises(ValueError, match="prepared for QAT already, with method='cluster', bits=4: train it, or"):
+        make_model().prepare_qat().prepare_qat(bits=2)
 
 
 def test_a_quantised_model(make_model, batch):
@@ -27,10 +29,58 @@ def test_a_quantised_model(make_model, batch):
     assert torch.equal(logits(model.dequantize().prepare_qat(**options), batch), expected)
 
 
-def test_uniform(make_model):
-    for arguments in ({"method": "uniform"}, {"method": ClusterConfig(method="uniform")}):
-        with pytest.raises(ValueError, match="prepare_qat trains method='cluster', got 'uniform'"):
-            make_model().prepare_qat(**arguments)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"codebook_update": "sgd"}, "codebook_update must be one of kmeans, gradient, both, got 'sgd'"),
+        ({"momentum": 1}, "momentum must be at least 0 and less than 1, got 1"),
+        ({"update_every": 0}, "update_every must be an integer of at least 1, got 0"),
+        ({"batch_norm_every": 2.5}, "batch_norm_every must be an integer of at least 0, got 2.5"),
+        ({"freeze_threshold": 0}, "freeze_threshold must be None or a share of steps between 0 and 1, got 0"),
+        ({"activation_update": "max"}, "activation_update must be one of gradient, moving_average, got 'max'"),
+        ({"start": "random"}, "start must be one of decoded, kernel, got 'random'"),
+        ({"activation_bits": 8}, "activation_bits needs calibration data"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options(options, message, make_model):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        model.prepare_qat(**options)
+    assert not fake_quantizers(model)
+
+
+def test_bits_of_a_float_model_can_not_be_changed(make_model):
+    with pytest.raises(ValueError, match="not prepared for QAT: call prepare_qat"):
+        set_bits(make_model(), 2)
+    model = make_model().prepare_qat(bits=4)
+    with pytest.raises(ValueError, match="bits must be an integer from 1 to 8, got 9"):
+        set_bits(model, 9)
+    assert model.qat_config.bits == 4
+
+
+def test_gradients_that_are_not_finite(make_model, batch):
+    """Named before the optimiser spoils the parameters."""
+    model = make_model().prepare_qat(bits=3)
+    model(**batch).loss.backward()
+    check_gradients(model, 7)
+    model.classifier.weight.grad[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="gradients of classifier.weight and 0 other .* optimiser step 7: lower the"):
+        check_gradients(model, 7)
+
+
+def test_trainer_stops_before_it_spoils_the_model(make_model, batch, tmp_path):
+    arguments = TrainingArguments(
+        tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=6, save_steps=1, learning_rate=1e6,
+        per_device_train_batch_size=4, max_grad_norm=0, optim="sgd", lr_scheduler_type="constant",
+    )  # fmt: skip
+    model = make_model("deploy").prepare_qat(bits=3)
+    images = [{name: tensor[index] for name, tensor in batch.items()} for index in range(16)]
+    trainer = Trainer(model, arguments, train_dataset=images, callbacks=[QATCallback()])
+    with pytest.raises(RuntimeError, match="are NaN or infinite in optimiser step [2-6]"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
 
 
 def test_a_config_and_bits(make_model):
@@ -46,7 +96,7 @@ def test_nothing_changes_when_it_fails(form, make_model):
     with pytest.raises(ValueError, match="The weight of 'classifier' has 1 NaN or infinite entries"):
         model.prepare_qat()
     assert dict(model.named_modules()) == modules and not fake_quantizers(model)
-    assert {type(module) for module in model.modules()}.isdisjoint(qat.FLOAT_CLASSES)
+    assert not qat_layers(model)
 
 
 def test_arguments_after_training(make_model):
@@ -74,5 +124,7 @@ def test_fusing_would_lose_the_codebooks(make_model):
 def test_repr_says_what_a_fake_quantiser_holds(make_model):
     model = make_model().prepare_qat(bits=3)
     assert repr(model.classifier.weight_fake_quant) == (
-        "ClusterFakeQuantize(codebooks=[1, 8], channel_scale, momentum=0.9)"
+        "ClusterFakeQuantize(codebooks=[1, 8], channel_scale, gradient, momentum=0.9)"
     )
+    model = make_model().prepare_qat("uniform", bits=3, channel_scale=True)
+    assert repr(model.classifier.weight_fake_quant) == "UniformFakeQuantize(steps=4, integers=-4..3)"

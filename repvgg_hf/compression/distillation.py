@@ -1,0 +1,71 @@
+"""Training a quantised model on the outputs of the float model (arXiv 1503.02531, 1711.05852)."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Kullback-Leibler divergence of the student's class probabilities from the teacher's, mean over the images.
+
+    Both logits are `[batch, classes]`. Times `temperature**2`, which keeps the size of the gradient (arXiv 1503.02531).
+    """
+    student, teacher = (F.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_loss(features: tuple[torch.Tensor, ...], teacher_features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The squared difference of feature maps `[batch, channels, height, width]`, over the teacher's mean square."""
+    losses = [
+        F.mse_loss(feature.float(), wanted.float()) / wanted.float().square().mean().clamp_min(1e-12)
+        for feature, wanted in zip(features, teacher_features)
+    ]
+    return torch.stack(losses).mean()
+
+
+class Distillation:
+    """The loss of a student that learns from its labels and from a teacher, by default the float model it began as.
+
+        distillation = Distillation(model)  # before model.prepare_qat()
+        outputs = model(**batch, output_hidden_states=distillation.needs_features)
+        loss = distillation(outputs, batch["pixel_values"])
+
+    With `Trainer`, these lines are a subclass's `compute_loss`. No module, so that the teacher gets into no checkpoint.
+
+    Args:
+        teacher: a float classifier; copied, fused and frozen.
+        weight: of the teacher's part of the loss, 0 to 1; the labels have the rest.
+        temperature: of the class probabilities.
+        features: weight of [`feature_loss`] of the stages' outputs, added to both; 0 for none.
+    """
+
+    def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 2.0, features: float = 0.0):
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight must be from 0 (labels alone) to 1 (teacher alone), got {weight!r}.")
+        if not temperature > 0 or features < 0:
+            raise ValueError(
+                f"temperature must be positive and features at least 0, got {temperature!r} and {features!r}."
+            )
+        self.teacher = copy.deepcopy(teacher).eval().reparameterize().requires_grad_(False)
+        self.weight, self.temperature, self.features = weight, temperature, features
+        self.needs_features = features > 0
+
+    def __call__(self, outputs, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The loss, 0-dim, for the student's `outputs` on `pixel_values`; `outputs.loss` is that of the labels."""
+        if self.teacher.device != pixel_values.device:
+            self.teacher.to(pixel_values.device)
+        with torch.no_grad():
+            wanted = self.teacher(pixel_values, output_hidden_states=self.needs_features)
+        if wanted.logits.shape != outputs.logits.shape:
+            raise ValueError(
+                f"The teacher has {wanted.logits.shape[-1]} classes, the student {outputs.logits.shape[-1]}: distil "
+                "from a model with the same head."
+            )
+        loss = self.weight * distillation_loss(outputs.logits, wanted.logits, self.temperature)
+        if self.weight < 1:
+            loss = loss + (1 - self.weight) * outputs.loss
+        if self.needs_features:
+            loss = loss + self.features * feature_loss(outputs.hidden_states, wanted.hidden_states)
+        return loss

@@ -1,0 +1,251 @@
+"""Computing with a kernel's quantised value while the kernel trains."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .codes import decode_rows, from_rows, quantize_rows, sums_by_code, to_rows
+from .error_compensation import free_directions
+from .oscillation import OscillationFreezing
+from .weights import TINY, QuantizedWeight
+
+CODEBOOK_UPDATES = ("kmeans", "gradient", "both")
+
+
+class _Decode(torch.autograd.Function):
+    """The rows that uint8 `codes` `[out, n]` were `decoded` to, as the kernel's quantised value.
+
+    The kernel's gradient is that of its quantised value (straight-through), also outside the codebook's range: a weight
+    there can come back. An entry's is the sum over the weights that it stands for, a scale's that over its channel.
+    As in LSQ (arXiv 1902.08153, section 2.2) both are divided by the root of the number of weights; the scale's also by
+    the mean square of what it scales, so that one step changes weights alike through kernels, entries and scales.
+    """
+
+    @staticmethod
+    def forward(ctx, kernel, codebook, scale, codes, decoded, stored, project):
+        ctx.project = project
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(codes, stored, scale)
+        return from_rows(decoded, kernel.shape).to(kernel.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if not ctx.needs_input_grad[1]:
+            return grad_output, None, None, None, None, None, None
+        codes, codebook, scale = ctx.saved_tensors
+        (out, n), (groups, k) = codes.shape, codebook.shape
+        sums = sums_by_code(to_rows(grad_output.float()), codes, k)  # [out, k]
+        grad_scale, by_entry = None, sums
+        if scale is not None:
+            entries = codebook.repeat_interleave(out // groups, dim=0)
+            square = (scale[:, None] * entries).square().mean(dim=1).clamp_min(TINY)
+            grad_scale = (sums * entries).sum(dim=1) / (square * n**0.5)
+            by_entry = sums * scale[:, None]
+        weights_an_entry = max(1, out * n / (groups * k))
+        grad_codebook = by_entry.view(groups, -1, k).sum(dim=1) / weights_an_entry**0.5
+        return grad_output, ctx.project(grad_codebook), grad_scale, None, None, None, None
+
+
+def power_of_two(values: torch.Tensor) -> torch.Tensor:
+    """The power of two next to each of some positive `values`: dividing by it rounds nothing."""
+    return torch.exp2(values.clamp_min(2.0**-100).log2().round())
+
+
+class FakeQuantize(nn.Module):
+    """Maps a kernel `[out, ...]` to its quantised value. Base of [`ClusterFakeQuantize`] and `UniformFakeQuantize`.
+
+    Its state, a count of steps among it, is persistent: part of every checkpoint.
+    """
+
+    def __init__(self, codebook_dtype: torch.dtype, update_every: int = 1, freezing: OscillationFreezing | None = None):
+        super().__init__()
+        self.codebook_dtype, self.update_every, self.freezing = codebook_dtype, update_every, freezing
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.known_steps: int | None = 0  # the same without a wait for the device; None after loading
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The codebook `[groups, 2**bits]` in the dtype that it is saved in, and the scale `[out]` or `None`."""
+        raise NotImplementedError
+
+    def quantize(self, rows, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 codes of `rows` `[out, n]` and what they stand for, with a float32 codebook."""
+        return quantize_rows(rows, codebook, scale)
+
+    @torch.no_grad()
+    def codes_and_decoded(self, kernel, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 codes `[out, n]` of `kernel` and what they stand for; those of frozen weights stay as they were."""
+        codes, decoded = self.quantize(to_rows(kernel.detach()).float(), codebook, scale)
+        if self.freezing is not None:
+            codes = self.freezing(codes)
+            decoded = decode_rows(codes, codebook, scale)
+        return codes, decoded
+
+    @torch.no_grad()
+    def quantized(self, kernel: torch.Tensor) -> QuantizedWeight:
+        """Codes, codebook and scale for `kernel`, as they are saved."""
+        codebook, scale = self.stored()
+        codes, _ = self.codes_and_decoded(kernel, codebook.float(), scale)
+        return QuantizedWeight(from_rows(codes, kernel.shape).contiguous(), codebook, scale)
+
+    def count(self) -> int:
+        """How many optimiser steps were taken."""
+        if self.known_steps is None:
+            self.known_steps = int(self.steps)
+        return self.known_steps
+
+    @torch.no_grad()
+    def step(self, kernel: Callable[[], torch.Tensor]) -> None:
+        """What is to be done after an optimiser step; `kernel` computes the new kernel, if that is needed."""
+        self.known_steps = self.count() + 1
+        self.steps += 1
+        due = self.known_steps % self.update_every == 0
+        if due or self.freezing is not None:
+            kernel = kernel()
+        if due:
+            self.update(kernel)
+        if self.freezing is not None:
+            codebook, scale = self.stored()
+            codes, _ = self.quantize(to_rows(kernel.detach()).float(), codebook.float(), scale)
+            self.freezing.observe(codes)
+
+    def update(self, kernel: torch.Tensor) -> None:
+        """What is done every `update_every` steps."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and loaded.shape != tensor.shape:
+                raise ValueError(
+                    f"{prefix}{name} of the checkpoint is {list(loaded.shape)}, the model's {list(tensor.shape)}: it "
+                    "was trained with other bits or another granularity. Call prepare_qat() with the options of the "
+                    "checkpoint (qat_config in its config.json), or begin anew from a float checkpoint."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.known_steps = None
+
+
+class ClusterFakeQuantize(FakeQuantize):
+    """Maps a kernel `[out, ...]` to its quantised value, with a codebook that follows the kernel as it trains.
+
+    Args:
+        weight: how post-training quantisation codes the kernel; its codebook and scale are the start.
+        codebook_dtype: in which the codebook will be stored. The forward pass rounds to it, so that what is trained is
+            what is shipped.
+        codebook_update: `"kmeans"`: [`update`] moves the entries and scales towards the least squared weight error;
+            `"gradient"`: they are parameters that the optimiser moves; `"both"`.
+        momentum: of the moving average of the codebook and the channel scale over optimiser steps, for k-means.
+        update_every: steps between updates, which are as large as that many would be together.
+        symmetric, preserve_zero: what the codebook must keep to, see `ClusterConfig`.
+        freezing: state of the freezing of oscillating weights.
+
+    The float32 codebook `[groups, 2**bits]` and scale `[out]` are persistent. They are kept in such units that entries
+    are as large as weights and scales are near 1, whatever the stored ones are: so the learning rate of a kernel, with
+    SGD or Adam, suits them. A gradient step may put entries out of order: the forward pass sorts them.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        codebook_dtype: torch.dtype,
+        codebook_update: str = "kmeans",
+        momentum: float = 0.9,
+        update_every: int = 1,
+        symmetric: bool = False,
+        preserve_zero: bool = False,
+        freezing: OscillationFreezing | None = None,
+    ):
+        super().__init__(codebook_dtype, update_every, freezing)
+        self.codebook_update, self.momentum = codebook_update, momentum
+        self.symmetric, self.preserve_zero = symmetric, preserve_zero
+        self.out = len(weight.codes)
+        codebook, scale = weight.codebook.float().clone(), None
+        if weight.scale is not None:
+            groups = len(codebook)
+            unit = power_of_two(weight.scale.view(groups, -1).amax(dim=1))
+            self.register_buffer("unit", unit)  # [groups]
+            codebook, scale = codebook * unit[:, None], weight.scale / self.channel_unit()
+        if codebook_update == "kmeans":
+            self.register_buffer("codebook", codebook)
+            self.register_buffer("scale", scale)
+        else:
+            self.codebook = nn.Parameter(codebook)
+            self.scale = None if scale is None else nn.Parameter(scale)
+
+    def channel_unit(self) -> torch.Tensor:
+        """The unit of each channel's scale, `[out]`."""
+        return self.unit.repeat_interleave(self.out // len(self.unit))
+
+    def ascending(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The codebook in order, and the positive scale: a gradient step may have swapped or negated some."""
+        codebook = self.codebook.sort(dim=1).values
+        if self.scale is None:
+            return codebook, None
+        return codebook / self.unit[:, None], (self.scale * self.channel_unit()).clamp_min(TINY)
+
+    def rounded(self, codebook: torch.Tensor) -> torch.Tensor:
+        """An ascending `codebook` in the dtype that it is saved in."""
+        if self.codebook_dtype == torch.int8:
+            return codebook.round().clamp(-127, 127).to(torch.int8)
+        return codebook.to(self.codebook_dtype)
+
+    @torch.no_grad()
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        codebook, scale = self.ascending()
+        return self.rounded(codebook), scale
+
+    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+        codebook, scale = self.ascending()
+        stored = self.rounded(codebook.detach()).float()
+        codes, decoded = self.codes_and_decoded(kernel, stored, None if scale is None else scale.detach())
+        return _Decode.apply(kernel, codebook, scale, codes, decoded, stored, free_directions(stored, self))
+
+    @torch.no_grad()
+    def update(self, kernel: torch.Tensor) -> None:
+        """One k-means step on `kernel`: move the entries towards the means of their weights, then the scales.
+
+        An entry that stands for no weight gets half of the weights of the entry with the largest squared error.
+        """
+        # in float64, as a GPU adds in any order and ranks should agree
+        rows = to_rows(kernel.detach()).double()
+        codebook, scale = self.ascending()
+        (out, _), (groups, k) = rows.shape, codebook.shape
+        codes, _ = quantize_rows(rows.float(), codebook, scale)
+        counts, sums = (sums_by_code(values, codes, k) for values in (torch.ones_like(rows), rows))  # [out, k]
+        factor = rows.new_ones(out, 1) if scale is None else scale.double()[:, None]
+
+        def by_group(values):
+            return values.view(groups, -1, k).sum(dim=1)
+
+        # the least squares entry of sum_i (w_i - s_i c)^2
+        denominator = by_group(factor.square() * counts)
+        means = torch.where(denominator > 0, by_group(factor * sums) / denominator.clamp_min(1e-300), codebook.double())
+        project = free_directions(codebook, self)
+        share = 1 - self.momentum**self.update_every
+        if self.codebook_update != "gradient":
+            codebook = codebook + project(means.float() - codebook) * share
+        if scale is not None and self.codebook_update != "gradient":
+            entries = codebook.double().repeat_interleave(out // groups, dim=0)
+            fitted = (sums * entries).sum(dim=1) / (counts * entries.square()).sum(dim=1).clamp_min(1e-300)
+            self.scale.copy_(torch.where(fitted > 0, scale.lerp(fitted.float(), share), scale) / self.channel_unit())
+        squares = by_group(sums_by_code(rows.square(), codes, k))
+        codebook = codebook + project(self._revival(codebook, means, denominator, squares))
+        codebook = codebook if scale is None else codebook * self.unit[:, None]
+        self.codebook.copy_(codebook.sort(dim=1).values)
+
+    @staticmethod
+    def _revival(codebook, means, denominator, squares) -> torch.Tensor:
+        """The step that takes one unused entry of each codebook a standard deviation above the mean of the worst."""
+        errors = squares - means.square() * denominator  # of the weights of each entry, [groups, k]
+        error, worst = errors.max(dim=1, keepdim=True)
+        unused = denominator == 0
+        first = unused & (unused.cumsum(dim=1) == 1)
+        # less than rounding makes is no error: an entry for each distinct weight has none
+        first &= error > 1e-10 * squares.sum(dim=1, keepdim=True)
+        deviation = (error.clamp_min(0) / denominator.gather(1, worst).clamp_min(1e-300)).sqrt()
+        target = means.gather(1, worst) + deviation
+        return torch.where(first, target - codebook, 0.0).float()
+
+    def extra_repr(self) -> str:
+        scale = ", channel_scale" if self.scale is not None else ""
+        return f"codebooks={list(self.codebook.shape)}{scale}, {self.codebook_update}, momentum={self.momentum}"
