@@ -1,0 +1,158 @@
+"""Publish a checkpoint, or a family of them, on the Hub, with a card made from the figures that the recipes measured.
+
+    python recipes/publish.py --repo_id me/repvgg-digits-w4 --models outputs/ptq/cluster-per_tensor+scale-w4 \\
+        --ptq_json outputs/ptq/ptq_results.json --dataset_title digits --train_checkpoint outputs/train
+    python recipes/publish.py --repo_id me/repvgg-digits --as_revisions --collection "RepVGG on digits" \\
+        --models float=outputs/ptq/float w4=outputs/ptq/cluster-per_tensor+scale-w4 --ptq_json ...
+
+`--dry_run --output_dir FOLDER` writes the files there and stops. Log in first with `hf auth login`.
+"""
+
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from arguments import parse_arguments
+from repvgg_hf.hub import Results, publish, publish_family
+from repvgg_hf.hub.branch_kernels import dense_branch_report
+from repvgg_hf.hub.recipe_figures import benchmark_latency, merge_models, ptq_models, qat_models
+from repvgg_hf.hub.results import read_json
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, where, and what was measured."""
+
+    repo_id: str = field(metadata={"help": "namespace/name on the Hub."})
+    models: list[str] = field(metadata={"help": "A checkpoint folder, or several as <name>=<folder>."})
+    published: str | None = field(
+        default=None, metadata={"help": "Name of the model among the results, where bits and bytes don't tell."}
+    )
+    results_json: str | None = field(default=None, metadata={"help": "A complete results file, instead of the next."})
+    ptq_json: list[str] = field(default_factory=list, metadata={"help": "ptq_results.json files, one a seed."})
+    qat_json: list[str] = field(default_factory=list, metadata={"help": "qat_results.json files."})
+    benchmark_json: list[str] = field(default_factory=list, metadata={"help": "Files of benchmark.py inference."})
+    train_checkpoint: str | None = field(
+        default=None, metadata={"help": "The checkpoint with branches: outlier figures before fusing."}
+    )
+    dataset_title: str | None = field(default=None, metadata={"help": "What to call the dataset on the card."})
+    dataset_split: str = field(default="held out", metadata={"help": "The part that was evaluated."})
+    dataset_hub_id: str | None = field(default=None, metadata={"help": "The dataset on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Its commit."})
+    description: str = field(default="", metadata={"help": "How the model was trained and calibrated."})
+    commands: list[str] = field(
+        default_factory=list, metadata={"help": "Further commands to show, such as train.py's."}
+    )
+    plots: list[str] = field(default_factory=list, metadata={"help": "Images for the card, as <caption>=<file>."})
+    license: str = field(default="apache-2.0", metadata={"help": "Of the weights, as the Hub spells it."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to publish to."})
+    tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing main."})
+    overwrite: bool = field(default=False, metadata={"help": "Publish into a repository with other content."})
+    as_revisions: bool = field(default=False, metadata={"help": "A family as branches of one repository."})
+    collection: str | None = field(default=None, metadata={"help": "Collection to put the family into."})
+    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
+    output_dir: str | None = field(default=None, metadata={"help": "New folder to keep the files in."})
+    dry_run: bool = field(default=False, metadata={"help": "Write --output_dir and stop."})
+    card_json: str | None = field(
+        default=None, metadata={"help": "Copy the card there, as .json and .md; needs --output_dir."}
+    )
+
+
+def gather_results(args: PublishArguments) -> Results | None:
+    """The measured figures, from the files that the recipes wrote."""
+    if args.results_json is not None:
+        return Results.from_json(args.results_json)
+    ptq, qat = [[read_json(path) for path in paths] for paths in (args.ptq_json, args.qat_json)]
+    if not ptq and not qat:
+        return None
+    if args.dataset_title is None:
+        raise ValueError("Give --dataset_title, the name of the dataset that the figures were measured on.")
+    rows = [row for record in ptq for row in ptq_models(record)] + [row for record in qat for row in qat_models(record)]
+    kernels = []
+    if args.train_checkpoint is not None:
+        kernels = dense_branch_report(AutoModelForImageClassification.from_pretrained(args.train_checkpoint))
+    return Results.from_dict(
+        {
+            "dataset": {
+                "name": args.dataset_title,
+                "split": args.dataset_split,
+                "hub_id": args.dataset_hub_id,
+                "revision": args.dataset_revision,
+            },
+            "models": merge_models(rows),
+            "description": args.description,
+            "commands": args.commands + [shown(record["command"]) for record in ptq + qat],
+            "kernels_before": kernels,
+            "kernels_after": ptq[0].get("float_kernels", []) if ptq else [],
+            "latency": [row for path in args.benchmark_json for row in benchmark_latency(read_json(path))],
+        }
+    )
+
+
+def shown(command: list[str]) -> str:
+    """A recipe's command line as others may see it: of a folder on this machine only the name."""
+    return shlex.join(["python", *(Path(part).name if Path(part).is_absolute() else part for part in command)])
+
+
+def pairs(entries: list[str], option: str) -> dict[str, str]:
+    """`<key>=<value>` entries. Raises `ValueError` naming the option for one without a key."""
+    found = dict(entry.partition("=")[::2] for entry in entries)
+    if len(found) != len(entries) or not all(found.values()):
+        raise ValueError(f"--{option} takes <name>=<value> with different names, got {', '.join(entries)}.")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    (args,), _ = parse_arguments((PublishArguments,), arguments)
+    if args.card_json is not None and args.output_dir is None:
+        raise ValueError("--card_json copies the card from --output_dir: give that, too.")
+    results = gather_results(args)
+    folders = pairs(args.models, "models") if len(args.models) > 1 else {"": args.models[0]}
+    models = {name: AutoModelForImageClassification.from_pretrained(folder) for name, folder in folders.items()}
+    options = {
+        "processor": AutoImageProcessor.from_pretrained(next(iter(folders.values()))),
+        "plots": pairs(args.plots, "plots"),
+        "license": args.license,
+        "private": args.private or None,
+        "overwrite": args.overwrite,
+        "commit_message": args.commit_message,
+    }
+    if len(models) > 1:
+        if args.dry_run or args.output_dir or args.card_json or args.revision or args.tag or args.create_pr:
+            raise ValueError(
+                "A family takes none of --dry_run, --output_dir, --card_json, --revision, --tag and --create_pr: "
+                "publish its models one by one for these."
+            )
+        where = publish_family(
+            models, args.repo_id, results, as_revisions=args.as_revisions, collection=args.collection, **options
+        )
+        for name, place in where.items():
+            print(f"{name}: {place.repo_id} at {place.revision}, {'new' if place.changed else 'no change'}")
+        return
+    place = publish(
+        models[""],
+        args.repo_id,
+        results,
+        published=args.published,
+        revision=args.revision,
+        tag=args.tag,
+        create_pr=args.create_pr,
+        folder=args.output_dir,
+        dry_run=args.dry_run,
+        **options,
+    )
+    if args.card_json is not None:
+        for suffix, name in ((".json", "card.json"), (".md", "README.md")):
+            shutil.copyfile(Path(args.output_dir) / name, Path(args.card_json).with_suffix(suffix))
+    print(
+        f"Written to {args.output_dir}." if place is None else f"{place.repo_id}: {place.pull_request or place.commit}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Model cards, results, and publishing on the Hub."""
+
+from .card import ModelCard
+from .complexity import Complexity, measure_complexity
+from .folder import write_folder
+from .publishing import publish, publish_family
+from .results import DatasetInfo, KernelResult, LatencyResult, ModelResult, Results
+from .upload import Published
+
+__all__ = [
+    "Complexity",
+    "DatasetInfo",
+    "KernelResult",
+    "LatencyResult",
+    "ModelCard",
+    "ModelResult",
+    "Published",
+    "Results",
+    "measure_complexity",
+    "publish",
+    "publish_family",
+    "write_folder",
+]

@@ -1,0 +1,298 @@
+"""The model card, made from measured figures alone.
+
+python -m repvgg_hf.hub.card model_cards/*.json      # writes each card again, as .md beside its .json
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from ..configuration_repvgg import RepVGGConfig
+from ..quantization_cluster import ClusterConfig
+from .complexity import measure_complexity
+from .results import ModelResult, Results, build, check, read_json
+from .tables import (
+    cell,
+    code_block,
+    folded,
+    kernels_table,
+    latency_table,
+    methods_table,
+    models_table,
+    quantity,
+    table,
+)
+
+CITATION = """@article{niu2024outlier,
+  title   = {Outlier-Aware Training for Low-Bit Quantization of Structural Re-Parameterized Networks},
+  author  = {Niu, Muqun and Ren, Yuan and Li, Boyu and Ding, Chenchen},
+  journal = {arXiv preprint arXiv:2402.07200},
+  year    = {2024}
+}
+@inproceedings{ding2021repvgg,
+  title     = {RepVGG: Making VGG-style ConvNets Great Again},
+  author    = {Ding, Xiaohan and Zhang, Xiangyu and Ma, Ningning and Han, Jungong and Ding, Guiguang and Sun, Jian},
+  booktitle = {CVPR},
+  year      = {2021}
+}"""
+
+
+@dataclass
+class ModelCard:
+    """All that one card is made of; `str(card)` is the README.md.
+
+    Args:
+        repo_id: `"namespace/name"` of the repository.
+        config: the published model's `config.json`, as a dictionary.
+        image_size: side in pixels of the images that the processor hands to the model.
+        results: what was measured, if anything was.
+        published: name among `results.models` of the published model.
+        revision: branch or tag that holds it, if not `main`.
+        plots: caption by path in the repository.
+        license: of the weights, as the Hub spells it.
+
+    Raises `ValueError` naming the field for a bad value.
+    """
+
+    repo_id: str
+    config: dict
+    image_size: int
+    results: Results | None = None
+    published: str | None = None
+    revision: str | None = None
+    plots: dict | None = None
+    license: str = "apache-2.0"
+
+    def __post_init__(self):
+        check(self, "card")
+        check_repo_id(self.repo_id)
+        if self.results is not None and not self.results.select(self.published):
+            names = ", ".join(dict.fromkeys(result.model for result in self.results.models))
+            raise ValueError(f"card.published is {self.published!r}, but results.models has only {names}: name one.")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ModelCard":
+        return build(cls, read_json(path), "card")
+
+    def to_json(self, path: str | Path) -> None:
+        write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    def __str__(self) -> str:
+        sections = [self.introduction(), self.usage(), self.model_section(), self.results_section()]
+        sections += [self.making_section(), self.limits(), f"## Citation\n\n{code_block(CITATION, 'bibtex')}"]
+        body = "\n\n".join(section for section in sections if section)
+        return f"---\n{self.metadata().to_yaml()}\n---\n\n{body}\n"
+
+    @property
+    def name(self) -> str:
+        return self.repo_id.rpartition("/")[2] + (f" ({self.revision})" if self.revision else "")
+
+    @cached_property
+    def model_config(self) -> RepVGGConfig:
+        return RepVGGConfig.from_dict({key: value for key, value in self.config.items() if key != "auto_map"})
+
+    @cached_property
+    def quantization(self) -> ClusterConfig | None:
+        stored = self.config.get("quantization_config")
+        return None if stored is None else ClusterConfig.from_dict(dict(stored))
+
+    @property
+    def weights(self) -> str:
+        """The published weights in words."""
+        quantization = self.quantization
+        if quantization is None:
+            return "float weights"
+        kind = "k-means codebooks" if quantization.method == "cluster" else "evenly spaced codebooks"
+        granularity = quantization.granularity.replace("_", " ")
+        scale = " and a scale for each output channel" if quantization.channel_scale else ""
+        return f"{quantization.bits}-bit weights ({kind} {granularity}{scale})"
+
+    def introduction(self) -> str:
+        config = self.model_config
+        form = (
+            "fused into one convolution a layer" if config.deploy else "in train form, with the branches of every layer"
+        )
+        lines = [
+            f"# {cell(self.name)}",
+            "",
+            f"RepVGG image classifier with {config.num_labels} classes and {self.weights}, {form}. "
+            + (
+                "It was trained with outlier-aware batch normalisation (OABN), which bounds what the 1x1 and identity "
+                "branches add to the fused kernel, so that few bits are enough."
+                if config.oabn
+                else "It was trained with plain batch normalisation."
+            ),
+        ]
+        if self.results:
+            rows, dataset = self.results.select(self.published), self.results.dataset
+            top1 = sum(row.top1 for row in rows) / len(rows)
+            lines += [
+                "",
+                f"**Top-1 {top1:.2f} %** on {cell(dataset.name)}, {cell(dataset.split)} ({rows[0].images:,} images), "
+                f"**{rows[0].bytes / 1e6:.3g} MB** of weights.",
+            ]
+        return "\n".join(lines)
+
+    def usage(self) -> str:
+        revision = f', revision="{self.revision}"' if self.revision else ""
+        code = (
+            "from transformers import pipeline\n\n"
+            f'classifier = pipeline("image-classification", "{self.repo_id}"{revision}, trust_remote_code=True)\n'
+            'print(classifier("image.png"))'
+        )
+        return (
+            f"## Use\n\n{code_block(code, 'python')}\n\n"
+            "`trust_remote_code` runs the modeling code in this repository. With `pip install repvgg-hf` and "
+            "`import repvgg_hf` first, the installed code runs instead and the argument can go. `AutoModel`, "
+            "`AutoModelForImageClassification` and `AutoBackbone` load it likewise."
+        )
+
+    def model_section(self) -> str:
+        forms = [measure_complexity(self.model_config, self.image_size, deploy) for deploy in (False, True)]
+        rows = [
+            ["parameters", *(f"{form.parameters:,}" for form in forms)],
+            ["multiply-accumulates", *(quantity(form.macs) for form in forms)],
+            ["activations", *(quantity(form.activations) for form in forms)],
+            ["image size", *[f"{self.image_size} x {self.image_size}"] * 2],
+        ]
+        return f"## Model\n\n{table(['', 'train form', 'fused'], rows)}"
+
+    def results_section(self) -> str:
+        if self.results is None:
+            return ""
+        results = self.results
+        dataset = f"{cell(results.dataset.name)}, {cell(results.dataset.split)}"
+        parts = [f"## Results\n\nOn {dataset}; accuracy in percent. The published weights are in bold."]
+        parts.append(models_table(results.models, self.published))
+        parts.append(methods_table(results.models))
+        parts += [f"![{cell(caption)}]({path})" for path, caption in (self.plots or {}).items()]
+        parts.append(kernels_table(results.kernels_before, results.kernels_after))
+        parts.append(latency_table(results.latency))
+        return "\n\n".join(part for part in parts if part)
+
+    def making_section(self) -> str:
+        if self.results is None or not (self.results.description or self.results.commands):
+            return ""
+        parts = ["## How it was made"]
+        if self.results.description:
+            parts.append(cell(self.results.description))
+        if self.results.commands:
+            parts.append(code_block("\n".join(map(folded, self.results.commands)), "bash"))
+        return "\n\n".join(parts)
+
+    def limits(self) -> str:
+        lines = ["## Limits", ""]
+        if self.quantization is not None:
+            lines.append(
+                "- The weights are decoded to floating point when the model first runs: few bits make the download "
+                "and the file small, not the arithmetic fast."
+            )
+        if not self.model_config.deploy:
+            lines.append("- With its branches the model is slower and larger than fused: call `reparameterize()`.")
+        if self.results is None:
+            lines.append("- No accuracy was measured.")
+        else:
+            lines.append(
+                f"- Accuracy was measured on {cell(self.results.dataset.name)} alone. Other images, and harm to "
+                "particular groups of people, were not examined."
+            )
+            if len(self.results.select(self.published)) == 1:
+                lines.append("- One training run was measured: the spread between seeds is not known.")
+        return "\n".join(lines)
+
+    def metadata(self) -> ModelCardData:
+        """The YAML block: tags, licence, and `model-index` with a line for each bit-width."""
+        tags = ["image-classification", "repvgg", "re-parameterization", "vision"]
+        if self.quantization is not None:
+            tags += ["quantization", f"{self.quantization.bits}-bit"]
+        dataset = self.results and self.results.dataset
+        return ModelCardData(
+            license=self.license,
+            library_name="transformers",
+            pipeline_tag="image-classification",
+            tags=tags,
+            datasets=[dataset.hub_id] if dataset and dataset.hub_id else None,
+            metrics=["accuracy"] if self.results else None,
+            model_name=self.name if self.results else None,
+            eval_results=self.eval_results() if self.results else None,
+        )
+
+    def eval_results(self) -> list[EvalResult]:
+        """Of the published model, then of those made in the same way with other bits, and of the float one.
+
+        Told apart by the metric's name, config and arguments, as the Hub drops lines that differ in nothing else.
+        """
+        own, dataset = self.results.select(self.published)[0], self.results.dataset
+        kin = [
+            result.model
+            for result in self.results.models
+            if result.method == "float"
+            or (result.method, result.granularity, result.training) == (own.method, own.granularity, own.training)
+        ]
+        names = dict.fromkeys([self.published, *kin])
+        entries = []
+        for name in names:
+            rows = self.results.select(name)
+            for key, title in (("top1", "Top-1"), ("top5", "Top-5")):
+                value = mean_of(rows, key)
+                if value is not None:
+                    entries.append(
+                        EvalResult(
+                            task_type="image-classification",
+                            task_name="Image classification",
+                            dataset_type=dataset.hub_id or dataset.name,
+                            dataset_name=dataset.name,
+                            dataset_split=dataset.split,
+                            dataset_revision=dataset.revision,
+                            metric_type="accuracy",
+                            metric_name=f"{title} accuracy in percent ({name})",
+                            metric_config=name,
+                            metric_args={"bits": rows[0].bits, "method": rows[0].method, "top": int(key[3:])},
+                            metric_value=value,
+                        )
+                    )
+        return entries
+
+    def eval_results_yaml(self) -> str | None:
+        """Contents of a file in `.eval_results/`, with the published model's top-1; `None` without a dataset id."""
+        if self.results is None or self.results.dataset.hub_id is None:
+            return None
+        rows, dataset = self.results.select(self.published), self.results.dataset
+        entry = EvalResultEntry(
+            dataset_id=dataset.hub_id,
+            dataset_revision=dataset.revision,
+            task_id=dataset.task_id,
+            value=mean_of(rows, "top1"),
+            notes=f"top-1 accuracy in percent, {dataset.split} split, {rows[0].images} images, {self.weights}",
+        )
+        return yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def mean_of(rows: list[ModelResult], key: str) -> float | None:
+    """Mean over seeds, rounded to the digits that the card shows; `None` if a seed lacks the figure."""
+    values = [getattr(row, key) for row in rows]
+    return None if None in values else round(sum(values) / len(values), 2)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise `ValueError` unless `repo_id` is `namespace/name` with characters that the Hub allows."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"repo_id {repo_id!r} can't be one: {error} Give 'namespace/name'.") from error
+    if repo_id.count("/") != 1:
+        raise ValueError(
+            f"repo_id must be 'namespace/name', got {repo_id!r}: put your user name or organisation first."
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file, with the same line ends on every system."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(text.encode("utf-8"))
+    os.replace(temporary, path)

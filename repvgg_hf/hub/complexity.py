@@ -1,0 +1,60 @@
+"""Parameters, multiply-accumulates and activations of a model, from its configuration alone."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..configuration_repvgg import RepVGGConfig
+
+
+@dataclass
+class Complexity:
+    """Of one image: `macs` multiply-accumulates and `activations` entries that convolutions and the classifier put out.
+
+    `parameters` are those that train, in train form, or their fused equivalent, whatever bits they are stored with.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+
+
+def measure_complexity(config: RepVGGConfig, image_size: int, deploy: bool) -> Complexity:
+    """Of the classifier that `config` describes, with branches or fused, on square images of `image_size` pixels.
+
+    Counted in one forward pass without memory (on the `meta` device). Batch norms, activation functions and
+    means are not counted, as is usual.
+    """
+    from ..modeling_repvgg import RepVGGForImageClassification
+
+    config = copy.deepcopy(config)
+    config.deploy = deploy
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        model = RepVGGForImageClassification(config).eval()
+        pixel_values = torch.empty(1, config.num_channels, image_size, image_size)
+    with torch.no_grad(), _Counter() as counter:
+        model(pixel_values)
+    return Complexity(model.num_parameters(), counter.macs, counter.activations)
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operation, also those that no module's hook would: branches may call a convolution themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs, self.activations = 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        terms = None  # of the sum that gives one entry of the output
+        if operation is torch.ops.aten.convolution.default:
+            terms = args[1][0].numel()  # weight[0]
+        elif operation is torch.ops.aten.addmm.default:
+            terms = args[1].shape[1]
+        if terms is not None:
+            self.macs += output.numel() * terms
+            self.activations += output.numel()
+        return output

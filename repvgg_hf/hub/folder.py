@@ -1,0 +1,123 @@
+"""One folder with all that a Hub repository of a RepVGG model holds."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..analysis import checkpoint_bytes
+from .card import ModelCard, check_repo_id, write_text
+from .results import Results
+from .runtime_files import AUTO_MAP, runtime_files
+
+
+def write_folder(
+    model,
+    folder: str | Path,
+    repo_id: str,
+    results: Results | None = None,
+    *,
+    processor,
+    published: str | None = None,
+    revision: str | None = None,
+    plots: dict[str, str | Path] | None = None,
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """Write weights, configuration, processor, card and runtime code into a new folder; returns the card.
+
+    `card.json` holds what the card was made of: `python -m repvgg_hf.hub card.json` makes it again.
+
+    The folder appears when it is complete. The other arguments are those of [`~repvgg_hf.hub.publish`]. Raises
+    `ValueError` if it holds something already, or for what `publish` raises it for.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: give a new folder, or remove it first.")
+    check_model(model)
+    image_size = processor_image_size(processor)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        target = Path(temporary) / "repo"
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
+        config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+        write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for path in runtime_files():
+            shutil.copyfile(path, target / path.name)
+        if results is not None:
+            published = published or find_published(config, results, checkpoint_bytes(target))
+        card = ModelCard(
+            repo_id=repo_id,
+            config=config,
+            image_size=image_size,
+            results=results,
+            published=published,
+            revision=revision,
+            plots=copy_plots(plots or {}, target),
+            license=license,
+        )
+        write_text(target / "README.md", str(card))
+        card.to_json(target / "card.json")
+        if (entries := card.eval_results_yaml()) is not None:
+            (target / ".eval_results").mkdir()
+            name = re.sub(r"[^A-Za-z0-9]+", "-", results.dataset.hub_id)
+            write_text(target / ".eval_results" / f"{name}.yaml", entries)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(target, folder)
+    return card
+
+
+def copy_plots(plots: dict[str, str | Path], target: Path) -> dict[str, str]:
+    """Copy images, given by caption, into `target`; returns captions by path there. `ValueError` for no image file."""
+    captions = {}
+    for caption, path in plots.items():
+        path = Path(path)
+        if not path.is_file() or path.suffix not in (".png", ".svg", ".jpg"):
+            raise ValueError(f"The plot {caption!r} must be a .png, .svg or .jpg file, got {path}: make it first.")
+        (target / "plots").mkdir(exist_ok=True)
+        shutil.copyfile(path, target / "plots" / path.name)
+        captions[f"plots/{path.name}"] = caption
+    return captions
+
+
+def check_model(model) -> None:
+    """Raise `ValueError` unless `model` is a RepVGG classifier that can be published as it is."""
+    if type(model).__name__ != "RepVGGForImageClassification":
+        raise ValueError(
+            f"publish() takes a RepVGGForImageClassification, got {type(model).__name__}: backbones and headless "
+            "models load from the classifier's repository."
+        )
+    if any(getattr(module, "weight_fake_quant", None) is not None for module in model.modules()):
+        raise ValueError("The model is being trained with quantised weights: call quantize() before publishing it.")
+
+
+def processor_image_size(processor) -> int:
+    """Side in pixels of the square that `processor` hands to the model."""
+    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
+    size = dict(size)
+    height, width = size.get("height"), size.get("width")
+    if height is None or height != width:
+        raise ValueError(
+            f"processor must make square images, with crop_size or size of equal height and width, got {size}: give "
+            "the image processor that the model was evaluated with."
+        )
+    return height
+
+
+def find_published(config: dict, results: Results, weight_bytes: int) -> str:
+    """Name in `results.models` of the model of `config` whose weight files have `weight_bytes` bytes."""
+    quantization = config.get("quantization_config") or {"method": "float", "bits": 32}
+    method, bits = quantization["method"], quantization["bits"]
+    of_its_kind = [result for result in results.models if (result.method, result.bits) == (method, bits)]
+    names = {result.model for result in of_its_kind if result.bytes == weight_bytes}
+    if len(names) == 1:
+        return names.pop()
+    measured = ", ".join(f"{result.model} ({result.bytes} bytes)" for result in of_its_kind) or "none"
+    raise ValueError(
+        f"results.models must have one model with method {method}, {bits} bits and {weight_bytes} bytes, the one that "
+        f"is published; of this method and bits it has {measured}. Measure this checkpoint, or pass published=<name>."
+    )

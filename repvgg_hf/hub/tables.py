@@ -1,0 +1,152 @@
+"""Markdown tables of a card. A column or table whose figures nobody measured is left out."""
+
+import statistics
+
+from .results import KernelResult, LatencyResult, ModelResult
+
+
+def cell(text: str) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    text = " ".join(text.split())
+    for character in "\\`*_[]<>|#":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def code_block(code: str, language: str) -> str:
+    fence = "```"
+    while fence in code:
+        fence += "`"
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def folded(command: str, width: int = 90) -> str:
+    """A command over several lines, broken before options. One with quotes stays as it is: a break may change it."""
+    if "'" in command or '"' in command:
+        return command
+    lines, options = [], command.split(" --")
+    for part in [options[0], *("--" + option for option in options[1:])]:
+        if lines and len(lines[-1]) + len(part) < width:
+            lines[-1] += " " + part
+        else:
+            lines.append(part)
+    return " \\\n    ".join(lines)
+
+
+TEXT = ("weights", "codebooks", "found by", "model", "engine", "device")  # headings of columns that hold no figures
+
+
+def table(headings: list[str], rows: list[list[str]], bold: int | None = None) -> str:
+    """Text to the left, figures to the right; row `bold` in bold, columns without any entry left out."""
+    columns = [index for index in range(len(headings)) if index == 0 or any(row[index] for row in rows)]
+    lines = ["| " + " | ".join(headings[index] for index in columns) + " |"]
+    lines.append("|" + "|".join("---" if index == 0 or headings[index] in TEXT else "---:" for index in columns) + "|")
+    for number, row in enumerate(rows):
+        entries = [f"**{row[index]}**" if number == bold and row[index] else row[index] for index in columns]
+        lines.append("| " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def quantity(value: int) -> str:
+    """With four significant places and a prefix: `1.361 G`."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g} {prefix}"
+    return str(value)
+
+
+def spread(values: list[float | None], digits: int = 2) -> str:
+    """Mean and, for several seeds, the standard deviation; nothing if one is missing."""
+    if None in values:
+        return ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def by_model(models: list[ModelResult]) -> dict[str, list[ModelResult]]:
+    """Measurements by name, a seed each: float first, then by bits from many to few."""
+    groups = {}
+    for result in sorted(models, key=lambda result: -result.bits):
+        groups.setdefault(result.model, []).append(result)
+    return groups
+
+
+def loss_against_float(rows: list[ModelResult], floats: dict[int, float]) -> list[float | None]:
+    return [floats[row.seed] - row.top1 if row.seed in floats else None for row in rows]
+
+
+def models_table(models: list[ModelResult], published: str) -> str:
+    """Bits against accuracy and size, all seeds of a model in one line."""
+    floats = {row.seed: row.top1 for row in models if row.method == "float"}
+    headings = ["weights", "codebooks", "found by", "bits", "top-1", "loss against float", "top-5", "cross-entropy"]
+    headings += ["bytes on disk", "bits per weight", "seeds"]
+    lines, bold = [], None
+    for name, rows in by_model(models).items():
+        first, quantized = rows[0], rows[0].method != "float"
+        bold = len(lines) if name == published else bold
+        lines.append(
+            [
+                cell(first.method),
+                cell(first.granularity or ""),
+                cell(first.training or ""),
+                str(first.bits),
+                spread([row.top1 for row in rows]),
+                spread(loss_against_float(rows, floats)) if quantized else "",
+                spread([row.top5 for row in rows]),
+                spread([row.loss for row in rows], 4),
+                f"{statistics.fmean(row.bytes for row in rows):,.0f}",
+                f"{statistics.fmean(row.bits_per_weight for row in rows):.2f}",
+                str(len(rows)),
+            ]
+        )
+    return table(headings, lines, bold)
+
+
+def methods_table(models: list[ModelResult]) -> str:
+    """Uniform beside cluster, where both were measured with the same bits and made in the same way."""
+    cells = {}
+    for rows in by_model(models).values():
+        place = (rows[0].granularity or "", rows[0].training or "", rows[0].bits)
+        cells.setdefault(place, {})[rows[0].method] = spread([row.top1 for row in rows])
+    # the scale of an output channel is cluster's default and not uniform's: compare what people get
+    merged = {}
+    for (granularity, training, bits), methods in cells.items():
+        place = (granularity.removesuffix(" with channel scale"), training, bits)
+        merged.setdefault(place, {}).update(methods)
+    lines = [
+        [cell(granularity) or "-", cell(training), str(bits), methods["uniform"], methods["cluster"]]
+        for (granularity, training, bits), methods in merged.items()
+        if {"uniform", "cluster"} <= methods.keys()
+    ]
+    if not lines:
+        return ""
+    headings = ["codebooks", "found by", "bits", "uniform", "cluster"]
+    return f"### Uniform beside cluster, top-1\n\n{table(headings, lines)}"
+
+
+def kernels_table(before: list[KernelResult], after: list[KernelResult]) -> str:
+    """Tails of the convolution kernels before and after fusing."""
+    parts = []
+    for title, kernels in (("before fusing (3x3 branch)", before), ("after fusing", after)):
+        kernels = [kernel for kernel in kernels if len(kernel.shape) == 4]
+        if kernels:
+            entries = [title]
+            for key in ("kurtosis", "max_over_std"):
+                values = sorted(getattr(kernel, key) for kernel in kernels)
+                entries += [f"{statistics.median(values):.1f}", f"{values[-1]:.1f}"]
+            parts.append(entries)
+    if not parts:
+        return ""
+    headings = ["kernels", "kurtosis, median", "kurtosis, largest", "max / std, median", "max / std, largest"]
+    note = "Kurtosis is 3 for a normal distribution; outliers raise it, and they stretch the range of few bits."
+    return f"### Outliers in the kernels\n\n{table(headings, parts)}\n\n{note}"
+
+
+def latency_table(latency: list[LatencyResult]) -> str:
+    if not latency:
+        return ""
+    rows = [
+        [cell(row.setting), cell(row.model), cell(row.engine), cell(row.device), f"{row.median_ms:.3g}"]
+        for row in latency
+    ]
+    return f"### Latency\n\n{table(['setting', 'model', 'engine', 'device', 'median, ms'], rows)}"

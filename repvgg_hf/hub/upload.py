@@ -1,0 +1,181 @@
+"""Make a branch on the Hub hold the files of a folder: in one commit, or not at all."""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import sha
+
+from .card import check_repo_id
+
+ATTEMPTS = 5  # of a commit, when the Hub or the network fails for the moment
+TRANSIENT = (429, 500, 502, 503, 504)
+# what an earlier publication may have left and this one would not replace: weights under other names, older plots
+_STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|plots/.*")
+
+
+@dataclass
+class Published:
+    """Where a model is; `changed` says whether `commit` is a new one, `pull_request` is its address if any."""
+
+    repo_id: str
+    revision: str
+    commit: str
+    changed: bool
+    pull_request: str | None = None
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    commit_message: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    token: str | bool | None = None,
+) -> Published:
+    """Make a branch of a repository hold the files of `folder`, in one commit. For the arguments see [`publish`]."""
+    check_repo_id(repo_id)
+    api, branch = HfApi(token=token), revision or "main"
+    commit = None
+    try:
+        repeat(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        check_visibility(api, repo_id, private)
+        if branch != "main":
+            repeat(lambda: create_empty_branch(api, repo_id, branch))
+        head = repeat(lambda: api.model_info(repo_id, revision=branch).sha)
+        if not overwrite:
+            repeat(lambda: check_content(api, repo_id, head))
+        if tag is not None:
+            check_tag(api, repo_id, tag, head, changed=bool(repeat(lambda: changes(api, folder, repo_id, head))))
+        commit, pull_request = commit_folder(api, folder, repo_id, branch, head, commit_message, create_pr)
+        if tag is not None:
+            repeat(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+    except HfHubHTTPError as error:
+        error.append_to_message("\n" + advice(error, repo_id, branch, commit))
+        raise
+    except (HTTPError, RuntimeError) as error:
+        reason = error.__cause__ or error
+        raise ConnectionError(
+            f"Publishing to {repo_id} failed ({error} {type(reason).__name__}: {reason}). {state(branch, commit)} "
+            "Publish again; files that arrived are not sent twice."
+        ) from error
+    return Published(repo_id, branch, commit, commit != head, pull_request)
+
+
+def state(branch: str, commit: str | None) -> str:
+    return f"{branch} is as it was." if commit is None else "The files are published, the tag is not set."
+
+
+def advice(error: HfHubHTTPError, repo_id: str, branch: str, commit: str | None) -> str:
+    """What to do about a refusal of the Hub."""
+    status = error.response.status_code
+    if status == 401:
+        todo = "The token is missing, wrong or expired: log in with `hf auth login`, or pass another token."
+    elif status == 403:
+        todo = f"The token may not write to {repo_id}: use one with write permission for {repo_id.split('/')[0]}."
+    elif status == 412:
+        todo = f"Someone else changed {branch} in the meantime: look at their commit, then publish again."
+    elif status in TRANSIENT:
+        todo = f"The Hub failed {ATTEMPTS} times: publish again later; files that arrived are not sent twice."
+    else:
+        todo = "Publish again when the reason above is gone."
+    return f"{state(branch, commit)} {todo}"
+
+
+def commit_folder(
+    api: HfApi, folder: Path, repo_id: str, branch: str, head: str, message: str, create_pr: bool
+) -> tuple[str, str | None]:
+    """(commit that holds the files, address of the pull request): a new commit on top of `head`, or `head` itself.
+
+    A commit names its parent, so that it can be tried again after a lost answer, and loses against another publisher
+    instead of mixing files with theirs.
+    """
+
+    def attempt():
+        operations = changes(api, folder, repo_id, branch)
+        if not operations:  # nothing new; or the commit was made and its answer was lost
+            return repeat(lambda: api.model_info(repo_id, revision=branch).sha), None
+        info = api.create_commit(
+            repo_id, operations, commit_message=message, revision=branch, parent_commit=head, create_pr=create_pr
+        )
+        return info.oid, info.pr_url
+
+    return attempt() if create_pr else repeat(attempt)  # a second attempt might open a second pull request
+
+
+def changes(api: HfApi, folder: Path, repo_id: str, revision: str) -> list:
+    """Operations that turn the files of `revision` into those of `folder`; files of other kinds stay."""
+    remote = {}
+    for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True):
+        if hasattr(entry, "blob_id"):  # a file, not a folder
+            remote[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
+    operations, local = [], {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    for name, path in local.items():
+        if path.is_file():
+            content = path.read_bytes()
+            if remote.get(name) not in (sha.git_hash(content), sha.sha_fileobj(path.open("rb")).hex()):
+                operations.append(CommitOperationAdd(name, path))
+    return operations + [CommitOperationDelete(name) for name in remote if name not in local and _STALE.fullmatch(name)]
+
+
+def repeat(function):
+    """The result of `function()`, called again after a pause while the Hub or the network fails for the moment."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return function()
+        except (HTTPError, RuntimeError) as error:  # RuntimeError: what uploading a file makes of an error
+            reason = error.__cause__ if isinstance(error, RuntimeError) else error
+            if isinstance(reason, HfHubHTTPError) and reason.response.status_code not in TRANSIENT:
+                raise
+        time.sleep(2**attempt / 2)  # 0.5, 1, 2, 4 s
+    return function()
+
+
+def check_visibility(api: HfApi, repo_id: str, private: bool | None) -> None:
+    """Raise `ValueError` if an existing repository is public and should be private."""
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is public and private=True was asked for: make it private first, with "
+            f"HfApi().update_repo_settings({repo_id!r}, private=True)."
+        )
+
+
+def create_empty_branch(api: HfApi, repo_id: str, branch: str) -> None:
+    """Start a branch at the repository's first commit, so that it never shows another model under this name."""
+    if branch not in [entry.name for entry in api.list_repo_refs(repo_id).branches]:
+        first = api.list_repo_commits(repo_id)[-1].commit_id
+        api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
+
+
+def check_tag(api: HfApi, repo_id: str, tag: str, head: str, changed: bool) -> None:
+    """Raise `ValueError` if the tag exists and would have to move."""
+    there = [entry.target_commit for entry in repeat(lambda: api.list_repo_refs(repo_id)).tags if entry.name == tag]
+    if there and (changed or there != [head]):
+        raise ValueError(
+            f"{repo_id} has a tag {tag!r} on other files: choose another tag, or remove it with "
+            f"HfApi().delete_tag({repo_id!r}, tag={tag!r})."
+        )
+
+
+def check_content(api: HfApi, repo_id: str, head: str) -> None:
+    """Raise `ValueError` unless the commit is empty, but for a README, or holds a RepVGG model."""
+    names = {entry.path for entry in api.list_repo_tree(repo_id, revision=head)} - {".gitattributes", "README.md"}
+    if not names:
+        return
+    model_type = None
+    if "config.json" in names:
+        path = api.hf_hub_download(repo_id, "config.json", revision=head)
+        model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    if model_type != "repvgg":
+        raise ValueError(
+            f"{repo_id} holds something else than a RepVGG model ({', '.join(sorted(names)[:5])}): choose another "
+            "repo_id, or pass overwrite=True to add the model beside these files and replace those of the same name."
+        )

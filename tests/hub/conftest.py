@@ -1,0 +1,121 @@
+"""A loopback Hub, fresh processes that use it, and a small family of models to publish."""
+
+import functools
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import BitImageProcessor
+
+from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
+from repvgg_hf.hub import DatasetInfo, ModelResult, Results
+
+sys.path.insert(0, str(Path(__file__).parent))
+from loopback_hub import LoopbackHub  # noqa: E402
+
+
+def hub_environment(url: str, home: Path) -> dict[str, str]:
+    """Variables for a process that talks to the Hub at `url` and keeps its cache in `home`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    ours = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return inherited | ours | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+@pytest.fixture(scope="session")
+def fresh_process():
+    """`fresh_process(code, url, home)` runs `code` in a new Python and returns what it prints.
+
+    `python` is another interpreter, `offline` forbids the network, `cwd` is where it runs, `expect` its exit code.
+    """
+
+    def run(code: str, url: str, home: Path, python=sys.executable, offline=False, cwd=None, expect=0) -> str:
+        variables = hub_environment(url, home) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+        command = [str(python), "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=cwd, timeout=300)
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout if expect == 0 else done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def use_hub(monkeypatch, tmp_path):
+    """`use_hub(hub)`: this process talks to that Hub, too, until the test ends."""
+
+    def use(hub: LoopbackHub) -> LoopbackHub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the endpoint
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        return hub
+
+    return use
+
+
+@pytest.fixture
+def hub(use_hub):
+    """A new, empty Hub that this process talks to."""
+    with LoopbackHub() as hub:
+        yield use_hub(hub)
+
+
+@pytest.fixture(scope="session")
+def python_without_package(tmp_path_factory) -> Path:
+    """A Python that has what this one has, but not repvgg_hf."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, symlinks=True)
+    (target,) = folder.glob("lib/python*/site-packages")
+    for source in [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]:
+        for path in Path(source).iterdir():
+            # an editable install is a .pth file and the finder that it starts
+            if "repvgg" not in path.name and path.suffix != ".pth" and not (target / path.name).exists():
+                (target / path.name).symlink_to(path)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def processor() -> BitImageProcessor:
+    return BitImageProcessor(
+        size={"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        resample=2,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """`tiny_model(bits)`: an untrained classifier of digits, fused, with weights of `bits` or float (`None`)."""
+
+    @functools.cache
+    def make(bits: int | None = None) -> RepVGGForImageClassification:
+        torch.manual_seed(0)
+        config = RepVGGConfig(
+            stem_hidden_size=8, hidden_sizes=[8, 16], depths=[1, 1], stem_stride=1, strides=[1, 2], num_labels=10
+        )
+        model = RepVGGForImageClassification(config).eval().reparameterize()
+        return model if bits is None else model.quantize(bits=bits)
+
+    return make
+
+
+@pytest.fixture
+def results() -> Results:
+    """Figures of a float and two 4 bit models; the bytes are those of `tiny_model`."""
+    rows = [
+        ModelResult("float", "float", 32, 96.5, 9736, 32.0, 360, 0, top5=99.9, loss=0.12),
+        ModelResult("uniform-w4", "uniform", 4, 80.25, 2800, 4.0, 360, 0, "per tensor", top5=99.0, loss=0.7),
+        ModelResult(
+            "cluster-w4", "cluster", 4, 95.0, 3108, 4.4, 360, 0, "per tensor with channel scale", top5=99.5, loss=0.2
+        ),
+    ]
+    return Results(DatasetInfo("digits", "held out"), rows)

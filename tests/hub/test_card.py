@@ -1,0 +1,173 @@
+"""The card: what it shows, that it shows nothing else, and text that would break YAML or Markdown."""
+
+import re
+import shlex
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard as HubCard
+from huggingface_hub import ModelCardData, parse_eval_result_entries
+from markdown_it import MarkdownIt
+
+from repvgg_hf import ClusterConfig, RepVGGConfig, RepVGGForImageClassification
+from repvgg_hf.analysis import kernel_report
+from repvgg_hf.hub import KernelResult, LatencyResult, ModelCard
+from repvgg_hf.hub.branch_kernels import dense_branch_report
+from repvgg_hf.hub.results import build
+
+
+@pytest.fixture
+def make_card(tiny_config, results):
+    """`make_card(...)`: of a 4 bit model, with other fields than the usual ones."""
+
+    def make(bits=4, **fields) -> ModelCard:
+        config = tiny_config(deploy=True).to_dict()
+        if bits is not None:
+            config["quantization_config"] = ClusterConfig(bits=bits).to_dict()
+        defaults = {"repo_id": "org/tiny-w4", "config": config, "image_size": 8}
+        return ModelCard(**(defaults | {"results": results, "published": "cluster-w4"} | fields))
+
+    return make
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Cells of every table, by a Markdown parser."""
+    parts = re.findall(r"<table>(.*?)</table>", html(text), re.DOTALL)
+    rows = [re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL) for part in parts]
+    return [[re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in part] for part in rows]
+
+
+def html(text: str) -> str:
+    """The card below its YAML block, rendered with raw HTML allowed, as an attacker would wish."""
+    return MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1])
+
+
+def test_figures_are_those_of_the_results(make_card):
+    headings, *rows = tables(str(make_card()))[1]
+    assert headings[:5] == ["weights", "codebooks", "bits", "top-1", "loss against float"]
+    assert rows[2] == [
+        f"<strong>{entry}</strong>" for entry in
+        ("cluster", "per tensor with channel scale", "4", "95.00", "1.50", "99.50", "0.2000", "3,108", "4.40", "1")
+    ]  # fmt: skip
+    assert tables(str(make_card()))[2][1] == ["per tensor", "4", "80.25", "95.00"]  # uniform beside cluster
+
+
+def test_nothing_without_a_measurement(make_card, results):
+    text = str(make_card(results=None, published=None))
+    assert "## Results" not in text and "model-index" not in text and "No accuracy was measured" in text
+    sparse = replace(results, models=[replace(results.models[2], top5=None, loss=None)])
+    headings = tables(str(make_card(results=sparse)))[1][0]
+    assert not {"top-5", "cross-entropy", "loss against float", "found by"} & set(headings)
+    for title in ("Latency", "Outliers", "Uniform beside", "How it was made"):
+        assert title not in str(make_card(results=sparse))
+
+
+def test_long_commands_are_folded_to_the_same_command(make_card, results):
+    command = "python recipes/train.py " + " ".join(f"--option_{index} {index} x" for index in range(20))
+    text = str(make_card(results=replace(results, commands=[command])))
+    block = re.search(r"```bash\n(.*?)\n```", text, re.DOTALL)[1]
+    joined = block.replace("\\\n", "")  # as a shell reads it
+    assert shlex.split(joined) == shlex.split(command) and max(map(len, block.splitlines())) < 100
+
+
+def test_seeds_are_averaged(make_card, results):
+    """95 and 94 with seed 0 and 2: mean 94.5, standard deviation sqrt(0.5)."""
+    more = [replace(results.models[0], seed=2, top1=95.5), replace(results.models[2], seed=2, top1=94.0)]
+    card = make_card(results=replace(results, models=results.models + more))
+    row = [re.sub("<.*?>", "", entry) for entry in tables(str(card))[1][3]]
+    assert row[3] == "94.50 ± 0.71" and row[4] == "1.50 ± 0.00" and row[-1] == "2"
+    assert "spread between seeds is not known" in str(make_card()) and "spread between" not in str(card)
+
+
+def test_parameters_and_macs(make_card):
+    """Of RepVGG-A0 as published (arXiv 2101.03697, table 4: 9.1 and 8.3 M, 1.4 G multiply-accumulates)."""
+    card = make_card(config=RepVGGConfig.from_variant("a0", num_labels=1000).to_dict(), image_size=224, results=None)
+    rows = {row[0]: row[1:] for row in tables(str(card))[0]}
+    assert rows["parameters"] == ["9,108,968", "8,309,384"]
+    assert rows["multiply-accumulates"][1] == "1.361 G"
+    model = RepVGGForImageClassification(card.model_config)
+    assert model.num_parameters() == 9_108_968
+
+
+def test_kernels_before_and_after_fusing(make_card, results, tiny_config):
+    """A large identity shows in the fused kernel and not in the dense branch."""
+    model = RepVGGForImageClassification(tiny_config(oabn=False))
+    for name, parameter in model.named_parameters():
+        if "identity.norm.weight" in name:
+            parameter.data.fill_(30.0)
+    before, after = dense_branch_report(model), [entry for entry in kernel_report(model) if len(entry["shape"]) == 4]
+    assert [entry["name"] for entry in before] == [entry["name"] for entry in after]
+    kernels = {"kernels_before": before, "kernels_after": after}
+    kernels = {name: [KernelResult(**entry) for entry in entries] for name, entries in kernels.items()}
+    table = tables(str(make_card(results=replace(results, **kernels))))[3]
+    largest = [float(row[2]) for row in table[1:]]
+    assert largest[0] < 10 < 20 < largest[1]
+    with pytest.raises(ValueError, match="has no branches: give the checkpoint that was trained"):
+        dense_branch_report(model.reparameterize())
+
+
+def test_model_index_has_a_line_for_each_bit_width(make_card, results):
+    hub_results = replace(results, dataset=replace(results.dataset, hub_id="org/digits", revision="1" * 40))
+    card = make_card(results=hub_results)
+    data = HubCard(str(card)).data  # the Hub client's own reader
+    entries = data.eval_results
+    assert len(entries) == 4 and len({entry.metric_name for entry in entries}) == 4
+    assert {entry.metric_args["bits"] for entry in entries} == {4, 32}  # uniform is another way, on the card alone
+    assert entries[0].metric_config == "cluster-w4" and entries[0].metric_value == 95.0
+    assert data.license == "apache-2.0" and data.datasets == ["org/digits"] and "4-bit" in data.tags
+    (entry,) = parse_eval_result_entries(yaml.safe_load(card.eval_results_yaml()))
+    assert (entry.dataset_id, entry.value, entry.dataset_revision) == ("org/digits", 95.0, "1" * 40)
+    assert make_card().eval_results_yaml() is None  # the dataset is not on the Hub
+
+
+NASTY = [
+    'a: b "c" \'d\'', "---", "line\n---\nkey: value", "- item # no comment", "{a: [b", "*ref &anchor !tag",
+    "ümläut 数字 🦜", "null", "1e3", "| a | b |", "<script>alert(1)</script>", "%percent", "@at `tick`", "[link](http://x)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_text_that_breaks_yaml_or_markdown(make_card, results, text):
+    dataset = replace(results.dataset, name=text, hub_id="org/digits")
+    models = [replace(model, granularity=text, training=text) for model in results.models]
+    card = make_card(results=replace(results, dataset=dataset, models=models, description=text, commands=[text]))
+    written = str(card)
+    front, body = re.match(r"---\n(.*?)\n---\n(.*)", written, re.DOTALL).groups()
+    index = yaml.safe_load(front)["model-index"][0]["results"][0]
+    assert index["dataset"]["name"] == text
+    assert ModelCardData(**yaml.safe_load(front)).eval_results[0].metric_value == 95.0
+    assert [len(row) for row in tables(written)[1]] == [11] * 4
+    assert "<script>" not in html(written) and "<a " not in html(written)
+    assert html(written).count("<h2>") == 6 and body.count("\n## ") == 6
+    assert parse_eval_result_entries(yaml.safe_load(card.eval_results_yaml()))[0].dataset_id == "org/digits"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"published": "w4"}, "card.published is 'w4', but results.models has only float, uniform-w4, cluster-w4"),
+        ({"published": None}, "card.published is None"),
+        ({"repo_id": "tiny"}, "repo_id must be 'namespace/name'"),
+        ({"image_size": "8"}, "card.image_size must be int"),
+        ({"license": "a\x07"}, "card.license has the character"),
+    ],
+)
+def test_bad_fields(make_card, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_card(**fields)
+
+
+def test_json_round_trip(make_card, results, tmp_path):
+    latency = LatencyResult("ours", "PyTorch", "CPU", "batch 1", 1.234)
+    card = make_card(results=replace(results, latency=[latency]), revision="w4")
+    card.to_json(tmp_path / "card.json")
+    again = ModelCard.from_json(tmp_path / "card.json")
+    assert str(again) == str(card) and "1.23" in str(card) and 'revision="w4"' in str(card)
+    with pytest.raises(ValueError, match="card has an unknown field 'x'"):
+        build(ModelCard, asdict(card) | {"x": 1}, "card")
+
+
+def test_results_type(make_card):
+    with pytest.raises(ValueError, match="card.results must be Results, got"):
+        make_card(results={"models": []})

@@ -1,0 +1,246 @@
+"""Publishing on a loopback Hub: what arrives, what a second time sends, and what is left after a fault."""
+
+import copy
+import json
+import re
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from loopback_store import READ_TOKEN, WRITE_TOKEN
+
+from repvgg_hf.hub import publish
+from repvgg_hf.hub.upload import _STALE
+
+REPO = "org/tiny"
+WRITES = ("POST", "PUT", "DELETE")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def push(tiny_model, processor):
+    """`push(...)` publishes a new 4 bit model as org/tiny."""
+
+    def run(bits=4, repo_id=REPO, **options):
+        return publish(tiny_model(bits), repo_id, **({"processor": processor, "token": WRITE_TOKEN} | options))
+
+    return run
+
+
+def uploads(hub) -> list:
+    """Requests that changed something or sent a file."""
+    return [entry for entry in hub.requests if entry.method == "PUT" or "/commit/" in entry.path]
+
+
+def is_whole(files: dict) -> bool:
+    return {"model.safetensors", "config.json", "README.md", "modeling_repvgg.py"} <= files.keys()
+
+
+def is_untouched(hub, revision="main") -> bool:
+    return REPO not in hub.repos or list(hub.files(REPO, revision)) == [".gitattributes"]
+
+
+def test_all_files_in_one_commit(hub, push, results):
+    where = push(results=results)
+    repo = hub.repos[REPO]
+    assert len(repo.commits) == 2 and where.commit == repo.refs["main"] and where.changed
+    files = hub.files(REPO)
+    assert is_whole(files) and "preprocessor_config.json" in files
+    config = json.loads(files["config.json"])
+    for name in ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"):
+        module, _, class_name = config["auto_map"][name].rpartition(".")
+        assert f"class {class_name}(" in files[f"{module}.py"].decode()
+
+
+def test_again_uploads_nothing(hub, push):
+    first = push()
+    hub.requests.clear()
+    second = push()
+    assert uploads(hub) == [] and not second.changed and second.commit == first.commit
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_other_bits_replace_only_what_differs(hub, push):
+    push()
+    code_before = hub.files(REPO)["modeling_repvgg.py"]
+    hub.put(REPO, {"model-00001-of-00002.safetensors": b"old", "notes.txt": b"mine", "plots/old.png": b"\0"})
+    hub.requests.clear()
+    push(bits=8)
+    (commit,) = [entry for entry in hub.requests if "/commit/" in entry.path]
+    assert commit.received < 20_000  # the runtime code alone is larger
+    files = hub.files(REPO)
+    assert files["modeling_repvgg.py"] == code_before and files["notes.txt"] == b"mine"
+    assert "model-00001-of-00002.safetensors" not in files and "plots/old.png" not in files
+
+
+def test_private_revision_tag_and_pull_request(hub, push):
+    push(private=True, revision="w4", tag="v1")
+    repo = hub.repos[REPO]
+    assert repo.private and repo.refs["v1"] == repo.refs["w4"] and is_whole(hub.files(REPO, "w4"))
+    assert is_untouched(hub)
+    push(private=True, revision="w4", tag="v1")  # nothing new: the tag stays
+    with pytest.raises(ValueError, match="has a tag 'v1' on other files.*delete_tag"):
+        push(bits=8, revision="w4", tag="v1")
+    proposed = push(create_pr=True)
+    assert proposed.pull_request.endswith("/discussions/1") and is_untouched(hub)
+    assert is_whole(hub.files(REPO, "refs/pr/1"))
+    assert json.loads(hub.files(REPO, "w4")["config.json"])["quantization_config"]["bits"] == 4
+
+
+def test_dry_run_writes_the_folder_and_stops(hub, push, tmp_path):
+    assert push(folder=tmp_path / "repo", dry_run=True, token=None) is None
+    assert hub.requests == [] and is_whole({path.name: path for path in (tmp_path / "repo").iterdir()})
+    with pytest.raises(ValueError, match="is not empty: give a new folder"):
+        push(folder=tmp_path / "repo", dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "method, path, action, times",
+    [
+        ("PUT", "/lfs/", "reset", 1),
+        ("PUT", "/lfs/", 500, 2),
+        ("POST", "/lfs/.*/verify", 429, 1),
+        ("POST", "/preupload/", 500, 1),
+        ("POST", "/objects/batch", 429, 1),
+        ("POST", "/commit/", 500, 2),
+        ("POST", "/commit/", 429, 2),
+        ("POST", "/commit/", "reset", 1),
+        ("POST", "/repos/create", 500, 1),
+        ("GET", "/tree/", 500, 1),
+    ],
+)
+def test_passing_faults_are_overcome(hub, push, method, path, action, times):
+    hub.fail(method, path, action, times)
+    push()
+    assert hub.faults[0].times == 0, "the fault did not happen"
+    assert is_whole(hub.files(REPO)) and len(hub.repos[REPO].commits) == 2
+
+
+def test_lost_answer_makes_no_second_commit(hub, push):
+    """The Hub committed, but the client never heard of it."""
+
+    def lose_the_answer():
+        handler_answer = hub.server.RequestHandlerClass.answer
+
+        def answer(self, status, body, headers=None):
+            type(self).answer = handler_answer
+            self.damage = "reset"
+            handler_answer(self, status, body, headers)
+
+        hub.server.RequestHandlerClass.answer = answer
+
+    hub.before_commit = lose_the_answer
+    where = push()
+    assert where.changed and len(hub.repos[REPO].commits) == 2
+
+
+@pytest.mark.parametrize("method, path, action", [("PUT", "/lfs/", 500), ("POST", "/commit/", "reset")])
+def test_lasting_faults_leave_main_as_it_was(hub, push, method, path, action):
+    hub.fail(method, path, action, times=1000)
+    with pytest.raises((ConnectionError, HfHubHTTPError), match="main is as it was.*[Pp]ublish again"):
+        push()
+    assert is_untouched(hub)
+    hub.faults.clear()
+    push()
+    assert is_whole(hub.files(REPO))
+
+
+@pytest.mark.parametrize("token, status, fix", [
+    ("hf_" + "x" * 34, 401, "log in with `hf auth login`"),
+    (READ_TOKEN, 403, "use one with write permission for org"),
+])  # fmt: skip
+def test_refused_token_is_not_printed(hub, push, capfd, caplog, token, status, fix):
+    with pytest.raises(HfHubHTTPError, match=fix) as caught:
+        push(token=token)
+    assert caught.value.response.status_code == status and "main is as it was" in str(caught.value)
+    shown = "".join(str(part) for part in (caught.getrepr(style="long"), *capfd.readouterr(), caplog.text))
+    assert token not in shown and is_untouched(hub)
+
+
+def test_no_write_permission_on_an_existing_repo(hub, push):
+    hub.create(REPO)
+    with pytest.raises(HfHubHTTPError, match="use one with write permission for org"):
+        push(token=READ_TOKEN)
+    assert is_untouched(hub)
+
+
+@pytest.mark.parametrize("files", [{"data.csv": b"1,2"}, {"config.json": b'{"model_type": "bert"}'}])
+def test_other_content_is_refused(hub, push, files):
+    hub.put(REPO, files)
+    with pytest.raises(ValueError, match="holds something else than a RepVGG model.*overwrite=True"):
+        push()
+    assert hub.files(REPO).keys() == {".gitattributes", *files}
+    push(overwrite=True)
+    assert is_whole(hub.files(REPO)) and files.keys() <= hub.files(REPO).keys()
+
+
+def test_public_repo_is_not_filled_as_private(hub, push):
+    hub.create(REPO)
+    with pytest.raises(ValueError, match="is public and private=True was asked for.*update_repo_settings"):
+        push(private=True)
+    assert is_untouched(hub)
+
+
+def test_two_publishers_at_once(hub, push):
+    """The second one to commit loses, and says so; main is all of the first."""
+    push()
+    hub.before_commit = lambda: hub.put(REPO, {"README.md": b"theirs"})
+    with pytest.raises(HfHubHTTPError, match="Someone else changed main in the meantime.*publish again"):
+        push(bits=8)
+    files = hub.files(REPO)
+    assert files["README.md"] == b"theirs" and json.loads(files["config.json"])["quantization_config"]["bits"] == 4
+    push(bits=8)
+    assert json.loads(hub.files(REPO)["config.json"])["quantization_config"]["bits"] == 8
+
+
+@pytest.mark.parametrize(
+    "repo_id", ["tiny", "org/tiny/4", "org/ti ny", "org/..", "", "org/tiny--4", "https://hf.co/org/t"]
+)
+def test_bad_repo_id(hub, push, repo_id):
+    with pytest.raises(ValueError, match="namespace/name"):
+        push(repo_id=repo_id)
+    assert hub.requests == []
+
+
+def test_bad_arguments_before_anything_is_sent(hub, push, tiny_model, processor, results):
+    with pytest.raises(ValueError, match="dry_run writes the files and stops: say where"):
+        push(dry_run=True)
+    with pytest.raises(ValueError, match="leave out revision and tag"):
+        push(create_pr=True, tag="v1")
+    with pytest.raises(ValueError, match="processor must make square images"):
+        push(processor=object())
+    with pytest.raises(ValueError, match=r"one model with method cluster, 8 bits and \d+ bytes.*it has none"):
+        push(bits=8, results=results)
+    model = tiny_model()
+    with pytest.raises(ValueError, match="takes a RepVGGForImageClassification, got RepVGGModel"):
+        publish(model.repvgg, REPO, processor=processor)
+    with pytest.raises(ValueError, match=r"call quantize\(\) before publishing"):
+        publish(copy.deepcopy(model).prepare_qat(bits=4), REPO, processor=processor)
+    assert hub.requests == []
+
+
+def test_network_is_forbidden_offline(push, monkeypatch):
+    with pytest.raises(OSError, match="offline mode is enabled"):
+        push()
+
+
+def test_stale_files_are_only_ours():
+    assert [name for name in (
+        "model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json", "plots/a.png",
+    ) if not _STALE.fullmatch(name)] == []  # fmt: skip
+    assert not any(map(_STALE.fullmatch, ("onnx/model.onnx", "adapter_model.safetensors", "my_model.py")))
+
+
+def test_hub_speaks_what_the_client_expects(hub, push):
+    """The loopback Hub itself, through other calls of the real client."""
+    push()
+    api = HfApi(token=WRITE_TOKEN)
+    assert api.repo_exists(REPO) and not api.repo_exists("org/none")
+    assert api.file_exists(REPO, "config.json") and not api.file_exists(REPO, "none.json")
+    assert re.fullmatch("[0-9a-f]{40}", api.model_info(REPO).sha)
+    assert api.whoami()["name"] == "org"
+    assert len(api.list_repo_commits(REPO)) == 2

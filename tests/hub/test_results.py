@@ -1,0 +1,142 @@
+"""Figures are taken only if every field is there, known and possible; an error names the field and the fix."""
+
+import copy
+import json
+from dataclasses import asdict
+
+import pytest
+
+from repvgg_hf.hub import Results
+from repvgg_hf.hub.recipe_figures import benchmark_latency, ptq_models, qat_models
+
+
+def test_json_round_trip(results, tmp_path):
+    results.to_json(tmp_path / "results.json")
+    assert Results.from_json(tmp_path / "results.json") == results
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def changed(values: dict, path: str, value) -> dict:
+    values = copy.deepcopy(values)
+    *parents, last = path.split(".")
+    target = values
+    for key in parents:
+        target = target[int(key)] if key.isdigit() else target[key]
+    if isinstance(target, list):
+        target[int(last)] = value
+    elif value is KeyError:
+        del target[last]
+    else:
+        target[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("models.1.top1", KeyError, r"results.models\[1\] lacks 'top1'"),
+        ("models.1.top_1", 80.0, r"results.models\[1\] has an unknown field 'top_1': ModelResult has model,.*top1"),
+        ("speed", 3, "results has an unknown field 'speed'"),
+        ("dataset", KeyError, "results lacks 'dataset'"),
+        ("dataset", "digits", "results.dataset must be an object with the fields of DatasetInfo"),
+        ("models.0.top1", 100.5, r"results.models\[0\].top1 must be a percentage from 0 to 100, got 100.5"),
+        ("models.0.top1", -1, r"top1 must be a percentage"),
+        ("models.0.top1", float("nan"), r"results.models\[0\].top1 is nan: .*left out"),
+        ("models.0.loss", float("inf"), r"results.models\[0\].loss is inf"),
+        ("models.0.top1", "96", r"results.models\[0\].top1 must be float, got '96'"),
+        ("models.0.top1", True, r"must be float, got True"),
+        ("models.0.top5", 12.0, "top5 is 12.0, below top1"),
+        ("models.0.bytes", 12.5, r"results.models\[0\].bytes must be int, got 12.5"),
+        ("models.0.bytes", 0, "bytes must be positive"),
+        ("models.1.bits", 9, "bits must be 32 for float and 1 to 8 otherwise, got 9"),
+        ("models.1.bits", 32, "bits must be 32 for float and 1 to 8 otherwise, got 32"),
+        ("models.1.method", "kmeans", "method must be one of float, uniform, cluster, got 'kmeans'"),
+        ("models.1.model", "float", "has 'float' with seed 0 twice"),
+        ("models", [], "results.models is empty"),
+        ("models", "none", "results.models must be a list"),
+        ("models.0", None, r"results.models\[0\] must be an object"),
+        ("dataset.name", "a\x00b", r"results.dataset.name has the character '\\x00'.*remove it"),
+        ("description", "\ud800", r"results.description has the character '\\ud800'"),
+        ("commands", ["ls", 3], r"results.commands\[1\] must be str, got 3"),
+        ("kernels_after", [{"name": "x"}], r"results.kernels_after\[0\] lacks 'shape'"),
+        ("latency", [{"model": "m", "engine": "e", "device": "d", "setting": "s", "median_ms": 0}],
+         r"results.latency\[0\].median_ms must be positive"),
+    ],
+)  # fmt: skip
+def test_bad_fields(results, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        Results.from_dict(changed(asdict(results), path, value))
+
+
+def test_fractions_are_not_percent(results):
+    values = asdict(results)
+    for row in values["models"]:
+        row["top1"] /= 100
+    with pytest.raises(ValueError, match=r"no top1 is above 0\.965: it looks like a fraction, give percent"):
+        Results.from_dict(values)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "\ud800"])
+def test_not_a_results_file(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match="results.json .*that a recipe wrote"):
+        Results.from_json(path)
+    with pytest.raises(ValueError, match="none.json is no readable JSON file"):
+        Results.from_json(tmp_path / "none.json")
+
+
+PTQ = {
+    "seed": 3,
+    "images": 360,
+    "results": [
+        {"model": "float", "top1": 96.0, "top5": 99.0, "loss": 0.1, "bytes": 1000, "bits_per_weight": 32.0},
+        {"model": "cluster-per_tensor+scale-w4", "top1": 95.0, "top5": 99.0, "loss": 0.1, "bytes": 200,
+         "bits_per_weight": 4.1},
+        {"model": "uniform-per_channel-w3", "top1": 9.0, "top5": 50.0, "loss": 3.1, "bytes": 150,
+         "bits_per_weight": 3.1},
+    ],
+}  # fmt: skip
+
+
+def test_rows_of_the_ptq_recipe(results):
+    values = asdict(results) | {"models": ptq_models(PTQ)}
+    models = Results.from_dict(values).models
+    assert [(model.method, model.bits, model.granularity) for model in models] == [
+        ("float", 32, None), ("cluster", 4, "per tensor with channel scale"), ("uniform", 3, "per channel"),
+    ]  # fmt: skip
+    assert {model.seed for model in models} == {3} and models[1].top1 == 95.0
+    with pytest.raises(ValueError, match=r"results\[0\].model is 'w4'"):
+        ptq_models(PTQ | {"results": [{"model": "w4"}]})
+    with pytest.raises(ValueError, match="lacks the list 'results'"):
+        ptq_models({"seed": 0})
+    with pytest.raises(ValueError, match=r"models\[0\].images must be int, got None"):
+        Results.from_dict(asdict(results) | {"models": ptq_models({"seed": 0, "results": PTQ["results"]})})
+
+
+def test_rows_of_the_qat_recipe(results):
+    names = ("float, with branches", "float, fused", "4 bit, in training", "4 bit, packed", "4 bit, reloaded")
+    rows = [
+        {"model": name, "accuracy": 95.0, "images": 360, "bytes": 300, "bits_per_weight": 4.0,
+         "largest_logit_difference": 0.0}
+        for name in names
+    ]  # fmt: skip
+    models = Results.from_dict(asdict(results) | {"models": qat_models({"seed": 0, "results": rows})}).models
+    assert [(model.model, model.training, model.top5) for model in models] == [
+        ("float", None, None), ("cluster-qat-w4", "QAT", None),
+    ]  # fmt: skip
+    del rows[3]["bytes"]
+    with pytest.raises(ValueError, match=r"models\[1\] lacks 'bytes'"):
+        Results.from_dict(asdict(results) | {"models": qat_models({"seed": 0, "results": rows})})
+
+
+def test_latency_of_the_benchmark_recipe(results):
+    record = {
+        "benchmark": "inference", "device": "cpu", "cpu": "x86_64 AVX512", "threads": 2,
+        "versions": {"torch": "2.14.1+cu130"},
+        "runs": [{"setting": "a0, 224 px, batch 1", "medians": {"ours, fused": 0.0187}}],
+    }  # fmt: skip
+    (row,) = Results.from_dict(json.loads(json.dumps(asdict(results) | {"latency": benchmark_latency(record)}))).latency
+    assert (row.engine, row.median_ms) == ("PyTorch 2.14.1", pytest.approx(18.7))
+    with pytest.raises(ValueError, match="give a file of `benchmark.py inference`"):
+        benchmark_latency(record | {"benchmark": "load"})
