@@ -3,6 +3,7 @@
     python recipes/benchmark.py inference                      fused, against timm's fused; 4 bit against float
     python recipes/benchmark.py train_step                     OABN against plain batch norm, both against timm
     python recipes/benchmark.py load                           a 4 bit checkpoint against the float one
+    python recipes/benchmark.py qat                            quantisation-aware against float steps, and DKM
     python recipes/benchmark.py inference --help               the options of one of them
 
 Sides take turns, in a new order each time, and a ratio is that of their medians, so that the machine's noise hits all
@@ -21,6 +22,7 @@ from transformers import HfArgumentParser, set_seed
 
 import benchmarks.inference
 import benchmarks.load
+import benchmarks.qat
 import benchmarks.train_step
 import repvgg_hf
 from results import write_json
@@ -29,6 +31,7 @@ BENCHMARKS = {
     "inference": (benchmarks.inference.InferenceArguments, benchmarks.inference.run),
     "train_step": (benchmarks.train_step.TrainStepArguments, benchmarks.train_step.run),
     "load": (benchmarks.load.LoadArguments, benchmarks.load.run),
+    "qat": (benchmarks.qat.QATArguments, benchmarks.qat.run),
 }
 
 

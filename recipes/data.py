@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BitImageProcessor
 
@@ -33,6 +35,9 @@ class DataArguments:
         metadata={"help": "Side of the square that the model sees; default the model's, or 8 for digits."},
     )
     augmentation: str = field(default="crop", metadata={"help": f"One of {', '.join(AUGMENTATIONS)}."})
+    cache_gigabytes: float = field(
+        default=2.0, metadata={"help": "Keep decoded training images in memory if they fit (in qat.py); 0 for never."}
+    )
 
     def __post_init__(self):
         if self.augmentation not in AUGMENTATIONS:
@@ -139,6 +144,66 @@ def with_pixel_values(dataset: Dataset, args: DataArguments, processor, train: b
         return {"pixel_values": images, "labels": examples[args.label_column_name]}
 
     return dataset.with_transform(apply)
+
+
+class CachedImages(TorchDataset):
+    """All images of `dataset`, decoded once to uint8 `[images, 3, size, size]`: resized, centre cropped."""
+
+    def __init__(self, dataset: Dataset, args: DataArguments, processor):
+        size = processor.crop_size["height"]
+        fit = v2.Compose([v2.ToImage(), v2.Resize(size, InterpolationMode.BILINEAR), v2.CenterCrop(size)])
+        self.images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+        for index, image in enumerate(dataset[args.image_column_name]):
+            self.images[index] = fit(image.convert("RGB"))
+        self.labels = torch.tensor(dataset[args.label_column_name])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """A whole batch at once; `DataLoader` asks for it if it is there."""
+        indices = torch.tensor(indices)
+        return {"pixel_values": self.images[indices], "labels": self.labels[indices]}
+
+
+class BatchTransform:
+    """The `collate_fn` for [`CachedImages`]: augments and normalises a whole batch, each image in its own way."""
+
+    def __init__(self, args: DataArguments, processor, train: bool):
+        size = processor.crop_size["height"]
+        augmentation = args.augmentation if train else "none"
+        self.padding = max(1, size // 8) if "crop" in augmentation else 0
+        self.flip = augmentation.endswith("flip")
+        mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        # of an image from 0 to 255: factor * image + offset
+        self.factor, self.offset = (1 / (255 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        images = batch["pixel_values"]
+        if self.padding:
+            images = self.random_crop(images)
+        pixel_values = images.contiguous(memory_format=torch.channels_last) * self.factor + self.offset
+        return {"pixel_values": pixel_values, "labels": batch["labels"]}
+
+    def random_crop(self, images: torch.Tensor) -> torch.Tensor:
+        """Each of the square `images` `[batch, 3, size, size]` moved by up to `padding` pixels, and perhaps flipped."""
+        count, _, size, _ = images.shape
+        padded = F.pad(images, [self.padding] * 4)
+        corners = torch.randint(2 * self.padding + 1, (2, count, 1))
+        rows, columns = corners + torch.arange(size)  # [batch, size] each
+        if self.flip:
+            columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+        images_last = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
+        return images_last.permute(0, 3, 1, 2)
+
+
+def training_data(dataset: Dataset, args: DataArguments, processor):
+    """(dataset, collate_fn) for a `DataLoader`: from a cache of decoded images if they fit `--cache_gigabytes`."""
+    size = processor.crop_size["height"]
+    fits = len(dataset) * 3 * size**2 <= args.cache_gigabytes * 2**30
+    if fits and args.augmentation != "resized_crop_flip":  # that one needs the whole image
+        return CachedImages(dataset, args, processor), BatchTransform(args, processor, train=True)
+    return with_pixel_values(dataset, args, processor, train=True), collate
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
     accelerate launch recipes/qat.py                                       # digits, from scratch, 4 bits
     accelerate launch recipes/qat.py --model_name_or_path outputs/train    # from a float checkpoint
+    accelerate launch --config_file recipes/configs/gpu8.yaml recipes/qat.py --bits 2 --granularity per_channel \\
+        --calibration_images 1024 --distillation_weight 1 --model_name_or_path ...      # all that helps at 2 bits
 
 `--output_dir` holds the float model (`float/`), the fused one (`fused/`), the quantised one (`quantized/`), the figures
 (`qat_results.json`) and a checkpoint an epoch; `--resume_from_checkpoint` goes on from the last of these.
@@ -9,7 +11,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,15 @@ from transformers import AutoModelForImageClassification
 
 import repvgg_hf
 from arguments import parse_arguments
-from data import DataArguments, collate, label_names, load_splits, with_pixel_values
+from data import DataArguments, collate, label_names, load_splits, training_data, with_pixel_values
 from metrics import accuracies
 from modeling import ModelArguments, build_model, build_processor
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from repvgg_hf.compression.annealing import set_bits
+from repvgg_hf.compression.distillation import Distillation
+from repvgg_hf.compression.qat_options import QATOptions
 from results import print_table, write_json
-from training import PhaseArguments, predict, train_phase
+from training import PhaseArguments, loss_on_labels, predict, train_phase
 
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 
@@ -51,21 +56,50 @@ class QATArguments(PhaseArguments):
     float_learning_rate: float = field(default=0.1, metadata={"help": "Its peak learning rate."})
     num_train_epochs: int = field(default=5, metadata={"help": "Epochs of quantisation-aware training."})
     learning_rate: float = field(default=0.01, metadata={"help": "Its peak learning rate."})
+    method: str = field(default="cluster", metadata={"help": "cluster, or uniform (LSQ)."})
     bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})
+    activation_bits: int | None = field(default=None, metadata={"help": "Bits of the layers' inputs, 2 to 8."})
     granularity: str = field(default="per_tensor", metadata={"help": "per_tensor, per_channel or per_group."})
     group_size: int | None = field(default=None, metadata={"help": "Output channels a codebook, with per_group."})
     channel_scale: bool | None = field(default=None, metadata={"help": "A scale for each output channel."})
     codebook_dtype: str = field(default="float16", metadata={"help": "float16, float32 or int8."})
+    codebook_update: str = field(default="gradient", metadata={"help": "gradient, kmeans or both."})
+    momentum: float = field(default=0.9, metadata={"help": "Of k-means updates, a step."})
+    update_every: int = field(default=10, metadata={"help": "Steps between k-means updates."})
+    batch_norm_every: int = field(default=0, metadata={"help": "Steps between estimates of batch norm statistics."})
+    activation_update: str = field(default="gradient", metadata={"help": "gradient or moving_average."})
+    freeze_threshold: float | None = field(default=None, metadata={"help": "Freeze weights that oscillate so often."})
+    fused: bool = field(default=False, metadata={"help": "Train the fused kernels instead of the branches."})
+    calibration_images: int = field(default=0, metadata={"help": "Start from calibration on so many images."})
+    start: str = field(default="decoded", metadata={"help": "With these: decoded or kernel."})
+    distillation_weight: float = field(default=0.0, metadata={"help": "Share of the float model's logits in the loss."})
+    distillation_temperature: float = field(default=2.0, metadata={"help": "Of these."})
+    distillation_features: float = field(default=0.0, metadata={"help": "Weight of its feature maps in the loss."})
+    anneal_bits: list[int] = field(default_factory=list, metadata={"help": "Bits to train with before, such as 8 4."})
+    num_anneal_epochs: int = field(default=1, metadata={"help": "Epochs with each of them."})
     report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
 
     def quantization_config(self) -> repvgg_hf.ClusterConfig:
         return repvgg_hf.ClusterConfig(
+            method=self.method,
             bits=self.bits,
+            activation_bits=self.activation_bits,
             granularity=self.granularity,
             group_size=self.group_size,
             channel_scale=self.channel_scale,
             codebook_dtype=self.codebook_dtype,
         )
+
+    def qat_options(self) -> QATOptions:
+        return QATOptions(
+            **{option.name: getattr(self, option.name) for option in fields(QATOptions) if hasattr(self, option.name)}
+        )
+
+    def stages(self) -> list[tuple[str, int, int]]:
+        """(phase, bits, epochs) of quantisation-aware training."""
+        return [(f"qat{bits}", bits, self.num_anneal_epochs) for bits in self.anneal_bits] + [
+            ("qat", self.bits, self.num_train_epochs)
+        ]
 
 
 def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
@@ -82,7 +116,8 @@ def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> dict:
     (model_args, data_args, args), arguments = parse_arguments((ModelArguments, DataArguments, QATArguments), arguments)
-    quantization_config = args.quantization_config()  # a bad option shall not cost the float training
+    # a bad option shall not cost the float training
+    quantization_config, qat_options = args.quantization_config(), asdict(args.qat_options())
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -96,7 +131,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     splits = load_splits(data_args, seed=args.seed)
     processor = build_processor(model_args.model_name_or_path, data_args)
-    train_set = with_pixel_values(splits["train"], data_args, processor, train=True)
+    train_data = training_data(splits["train"], data_args, processor)
     validation_set = with_pixel_values(splits["validation"], data_args, processor, train=False)
     validation = DataLoader(validation_set, args.per_device_eval_batch_size, collate_fn=collate)
     some_batches = [batch["pixel_values"] for batch, _ in zip(validation, range(RELOADED_BATCHES))]
@@ -109,7 +144,7 @@ def main(arguments: list[str] | None = None) -> dict:
         model = build_model(model_args, label_names(splits["train"], data_args))
         if model_args.model_name_or_path is None:
             rate, epochs = args.float_learning_rate, args.num_float_epochs
-            model = train_phase(accelerator, model, train_set, "float", epochs, rate, output_dir, args)
+            model = train_phase(accelerator, model, train_data, "float", epochs, rate, output_dir, args)
         save(accelerator, model, finished, processor)
     # loaded in any case: a resumed run shall go on from the same memory layout, on which the last bits of sums depend
     model = AutoModelForImageClassification.from_pretrained(finished)
@@ -121,10 +156,26 @@ def main(arguments: list[str] | None = None) -> dict:
     fused_logits = predict(accelerator, fused, validation)
 
     # 3. train on with quantised weights, still with branches
-    model.prepare_qat(quantization_config)
-    model = train_phase(
-        accelerator, model, train_set, "qat", args.num_train_epochs, args.learning_rate, output_dir, args
+    distillation = Distillation(
+        fused, args.distillation_weight, args.distillation_temperature, args.distillation_features
     )
+    if args.fused:
+        model.reparameterize()
+    if args.calibration_images:
+        images = (
+            splits["train"].shuffle(seed=args.seed).select(range(min(len(splits["train"]), args.calibration_images)))
+        )
+        qat_options["calibration"] = with_pixel_values(images, data_args, processor, train=False)
+    stages = args.stages()
+    for phase, bits, epochs in stages:
+        if phase == stages[0][0]:
+            quantization_config.bits = bits
+            model.prepare_qat(quantization_config, **qat_options)
+        else:
+            set_bits(model, bits)
+        model = train_phase(
+            accelerator, model, train_data, phase, epochs, args.learning_rate, output_dir, args, loss_of(distillation)
+        )
     qat_logits = predict(accelerator, model, validation)
 
     # 4. freeze, pack, save
@@ -155,6 +206,18 @@ def main(arguments: list[str] | None = None) -> dict:
         print_table("Held-out images; difference to the line above", rows)
     accelerator.end_training()
     return {"results": rows}
+
+
+def loss_of(distillation: Distillation):
+    """The loss of a batch, from labels and teacher as `distillation` weighs them."""
+    if not distillation.weight and not distillation.needs_features:
+        return loss_on_labels
+
+    def loss(model, batch):
+        outputs = model(**batch, output_hidden_states=distillation.needs_features)
+        return distillation(outputs, batch["pixel_values"])
+
+    return loss
 
 
 def save(accelerator: Accelerator, model, folder: Path, processor) -> None:

@@ -1,0 +1,192 @@
+"""Figures for print and screen: accuracy against size, and the distribution of kernels. They need matplotlib."""
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+# Okabe and Ito's colours, told apart by colour-blind readers, without the yellow that vanishes on paper
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)))  # the next one each time that the colours are used up
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "repvgg_hf",  # ids, and so the file, are the same each time
+}
+X_AXES = {"bits": ("bits_per_weight", "stored bits per weight"), "bytes": ("bytes", "checkpoint size")}
+BIN_WIDTH = 0.5  # standard deviations
+
+
+def plot_accuracy(
+    results: Sequence[Mapping],
+    path: str | Path,
+    x: str = "bits",
+    lowest: float | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw top-1 accuracy against size as `<path>.png` and `<path>.svg`, one line for each method.
+
+    Args:
+        results: a mapping for each model: `label` names its line, `top1` is in percent, and there are `bits_per_weight`
+            and `bytes`, as `recipes/ptq.py` writes them. The one labelled `"float"` becomes a dashed horizontal line.
+        path: of the files, without their suffix. The same results give the same bytes.
+        x: `"bits"` stored for each weight, or `"bytes"` of the checkpoint on a logarithmic axis.
+        lowest: where the axis of top-1 begins, in percent, to see the best from nearer; else it shows everything.
+
+    Raises `ValueError` naming the argument or row for bad input, `ImportError` without matplotlib.
+    """
+    matplotlib = import_matplotlib()
+    if x not in X_AXES:
+        raise ValueError(f"x must be one of {', '.join(X_AXES)}, got {x!r}.")
+    key, x_label = X_AXES[x]
+    lines = _lines(results, key)
+    reference = lines.pop("float", None)
+    if not lines:
+        raise ValueError("results holds no quantised model: give the rows that recipes/ptq.py wrote.")
+    highest = max(row["top1"] for row in results)
+    if lowest is not None and not lowest < highest:
+        raise ValueError(f"lowest must be below the best top-1, {highest}, got {lowest!r}.")
+
+    with matplotlib.style.context(["default", STYLE]):
+        height = max(3.8, 0.4 + 0.19 * len(lines))  # the legend has a line for each
+        figure = matplotlib.figure.Figure(figsize=(7.2, height), layout="constrained")
+        axes = figure.subplots()
+        if reference is not None:
+            axes.axhline(reference[0][1], color="#666666", linestyle="--", linewidth=1, label="float", gid="float")
+        # in the legend as in the figure: the most accurate at the fewest bits on top
+        for index, (label, points) in enumerate(sorted(lines.items(), key=lambda line: -line[1][0][1])):
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            style["linestyle"] = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+            axes.plot(*zip(*points), label=label, gid=f"line-{index}", zorder=3, **style)
+        axes.set(xlabel=x_label, ylabel="top-1 (%)", title=title)
+        if lowest is not None:
+            axes.set_ylim(lowest, highest + 0.05 * (highest - lowest))
+        if x == "bytes":
+            _byte_axis(matplotlib, axes)
+        else:
+            axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
+        figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+        _save(figure, path)
+
+
+def _lines(results: Sequence[Mapping], key: str) -> dict[str, list[tuple[float, float]]]:
+    """The points `(row[key], top1)` of each label, in ascending order of the first."""
+    lines = {}
+    for index, row in enumerate(results):
+        missing = [name for name in ("label", "top1", key) if name not in row]
+        if missing:
+            raise ValueError(f"results[{index}] has no {missing[0]!r}: give the rows that recipes/ptq.py wrote.")
+        size, top1 = row[key], row["top1"]
+        if not (math.isfinite(size) and size > 0):
+            raise ValueError(f"results[{index}] ({row['label']}) has {key}={size!r}, which must be positive.")
+        if not 0 <= top1 <= 100:
+            raise ValueError(f"results[{index}] ({row['label']}) has top1={top1!r}, which must be from 0 to 100.")
+        lines.setdefault(row["label"], []).append((size, top1))
+    return {label: sorted(points) for label, points in lines.items()}
+
+
+def _byte_axis(matplotlib, axes) -> None:
+    """A logarithmic axis with sizes in words, also where it is shorter than a power of ten."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda size, _: _byte_text(size)))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def _byte_text(size: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u), (1, "B"))
+    return f"{size / unit:.3g} {name}"
+
+
+def plot_kernel_histogram(
+    kernels: Mapping[str, torch.Tensor | Iterable[torch.Tensor]], path: str | Path, title: str | None = None
+) -> None:
+    """Draw how the entries of some kernels are distributed as `<path>.png` and `<path>.svg`, on a logarithmic axis.
+
+    Args:
+        kernels: by name, such as `"BN"` and `"OABN"`, a kernel or several of any shape. Each is centred and divided by
+            its standard deviation, since codebooks and ranges are chosen for each; then they are counted together.
+        path: of the files, without their suffix.
+
+    A normal distribution of as many entries as the first name has is drawn for comparison. Raises `ValueError` naming
+    the kernels for no or constant or non-finite entries, `ImportError` without matplotlib.
+    """
+    matplotlib = import_matplotlib()
+    if not kernels:
+        raise ValueError("kernels is empty: give a kernel or a list of them for each name.")
+    entries = {name: _standardized(name, tensors) for name, tensors in kernels.items()}
+    first = math.floor(min(values.min().item() for values in entries.values()) / BIN_WIDTH)
+    last = math.floor(max(values.max().item() for values in entries.values()) / BIN_WIDTH) + 1
+    edges = BIN_WIDTH * torch.arange(first, last + 1, dtype=torch.float64)
+
+    with matplotlib.style.context(["default", STYLE]):
+        figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, values) in enumerate(entries.items()):
+            counts = torch.histc(values, last - first, edges[0].item(), edges[-1].item())
+            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
+            label = f"{name}, largest {values.abs().max():.0f}"
+            axes.stairs(counts.tolist(), edges.tolist(), baseline=None, label=label, gid=f"line-{index}", **style)
+        normal = torch.special.ndtr(edges).diff() * len(next(iter(entries.values())))
+        axes.stairs(
+            normal.tolist(), edges.tolist(), baseline=None, color="#999999", linestyle=":", label="normal distribution"
+        )
+        axes.set(xlabel="entry in standard deviations of its kernel", ylabel="entries", title=title)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)  # a single entry is seen
+        figure.legend(loc="outside right upper", frameon=False, handlelength=3)
+        _save(figure, path)
+
+
+def _standardized(name: str, tensors: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
+    """All entries, float64, each tensor centred and divided by its standard deviation."""
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    parts = []
+    for index, tensor in enumerate(tensors):
+        values = tensor.detach().double().cpu().flatten()
+        if not values.numel() or not values.isfinite().all() or values.min() == values.max():
+            raise ValueError(
+                f"Kernel {index} of {name!r} has no entries, NaN or infinite ones, or all the same: it has no "
+                "distribution. Leave it out."
+            )
+        parts.append((values - values.mean()) / values.std(correction=0))
+    if not parts:
+        raise ValueError(f"kernels[{name!r}] is empty: give a kernel or a list of them.")
+    return torch.cat(parts)
+
+
+def import_matplotlib():
+    """matplotlib with what is needed of it. `pyplot` is left alone: it would choose a backend for the whole process."""
+    try:
+        import matplotlib
+        import matplotlib.figure
+        import matplotlib.style
+        import matplotlib.ticker
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install 'repvgg-hf[plot]'`.") from error
+    return matplotlib
+
+
+def _save(figure, path: str | Path) -> None:
+    """Write both files, through temporary ones, and without what would differ from day to day."""
+    path = Path(path)
+    if path.suffix.lower() in (".png", ".svg"):
+        raise ValueError(f"path is {str(path)!r}: leave out the suffix, both .png and .svg are written.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=metadata)
+        temporary = path.with_name(f"{path.name}{suffix}.tmp")
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path.with_name(path.name + suffix))
