@@ -141,7 +141,8 @@ def markdown(record: dict) -> str:
                 figures = " | ".join("" if cell is None else f"{cell['top1']:.2f}" for cell in cells)
                 lines.append(f"| {method} | {figures} |")
         others = {line: row for line, row in results.items() if "|" in line and line.split("|")[0] not in METHODS}
-        lines += ["", "| | bits per weight | top-1 |", "|---|---|---|"]
+        if others:
+            lines += ["", "| | bits per weight | top-1 |", "|---|---|---|"]
         for line, row in others.items():
             method, what = line.split("|")
             title = what if method == what else f"mixed precision, target {what}"

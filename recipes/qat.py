@@ -63,7 +63,7 @@ class QATArguments(PhaseArguments):
     group_size: int | None = field(default=None, metadata={"help": "Output channels a codebook, with per_group."})
     channel_scale: bool | None = field(default=None, metadata={"help": "A scale for each output channel."})
     codebook_dtype: str = field(default="float16", metadata={"help": "float16, float32 or int8."})
-    codebook_update: str = field(default="gradient", metadata={"help": "gradient, kmeans or both."})
+    codebook_update: str = field(default="kmeans", metadata={"help": "gradient, kmeans or both."})
     momentum: float = field(default=0.9, metadata={"help": "Of k-means updates, a step."})
     update_every: int = field(default=10, metadata={"help": "Steps between k-means updates."})
     batch_norm_every: int = field(default=0, metadata={"help": "Steps between estimates of batch norm statistics."})

@@ -35,7 +35,7 @@ class QATOptions:
     Raises `ValueError` that names the argument and what it accepts.
     """
 
-    codebook_update: str = "gradient"
+    codebook_update: str = "kmeans"
     momentum: float = 0.9
     update_every: int = 10
     batch_norm_every: int = 0

@@ -272,14 +272,14 @@ def test_trainer(make_model, batch, tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(qat, "update_codebooks", lambda model: calls.append(update_codebooks(model)))
-    model = make_model().prepare_qat(bits=3)
+    model = make_model().prepare_qat(bits=3, update_every=1)
     before = {name: layer.codebook.clone() for name, layer in fake_quantizers(model).items()}
     first = trainer(model)
     first.train()
     assert len(calls) == first.state.global_step == 4
     assert not any(torch.equal(layer.codebook, before[name]) for name, layer in fake_quantizers(model).items())
 
-    resumed = make_model().prepare_qat(bits=3)
+    resumed = make_model().prepare_qat(bits=3, update_every=1)
     trainer(resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_state(resumed.state_dict(), model.state_dict())
 
@@ -320,7 +320,7 @@ from repvgg_hf import RepVGGForImageClassification, update_codebooks
 folder, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-model = RepVGGForImageClassification.from_pretrained(f"{folder}/float").prepare_qat(bits=2).train()
+model = RepVGGForImageClassification.from_pretrained(f"{folder}/float").prepare_qat(bits=2, update_every=1).train()
 parallel = DistributedDataParallel(model, broadcast_buffers=False)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 batch = {name: tensor[rank::2] for name, tensor in torch.load(f"{folder}/batch.pt").items()}

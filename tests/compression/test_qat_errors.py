@@ -74,7 +74,7 @@ def test_trainer_stops_before_it_spoils_the_model(make_model, batch, tmp_path):
         tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=6, save_steps=1, learning_rate=1e6,
         per_device_train_batch_size=4, max_grad_norm=0, optim="sgd", lr_scheduler_type="constant",
     )  # fmt: skip
-    model = make_model("deploy").prepare_qat(bits=3)
+    model = make_model("deploy").prepare_qat(bits=3, codebook_update="gradient")
     images = [{name: tensor[index] for name, tensor in batch.items()} for index in range(16)]
     trainer = Trainer(model, arguments, train_dataset=images, callbacks=[QATCallback()])
     with pytest.raises(RuntimeError, match="are NaN or infinite in optimiser step [2-6]"):
@@ -124,7 +124,7 @@ def test_fusing_would_lose_the_codebooks(make_model):
 def test_repr_says_what_a_fake_quantiser_holds(make_model):
     model = make_model().prepare_qat(bits=3)
     assert repr(model.classifier.weight_fake_quant) == (
-        "ClusterFakeQuantize(codebooks=[1, 8], channel_scale, gradient, momentum=0.9)"
+        "ClusterFakeQuantize(codebooks=[1, 8], channel_scale, kmeans, momentum=0.9)"
     )
     model = make_model().prepare_qat("uniform", bits=3, channel_scale=True)
     assert repr(model.classifier.weight_fake_quant) == "UniformFakeQuantize(steps=4, integers=-4..3)"
