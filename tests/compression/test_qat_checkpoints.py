@@ -47,7 +47,8 @@ def train(model, batch, optimizer, steps=3):
 def test_it_loads_back_goes_on_and_freezes(options, form, make_model, batch, tmp_path):
     if "activation_bits" in options:
         options = options | {"calibration": batch["pixel_values"]}
-    model = make_model(form).prepare_qat(**options)
+    # the memory layout that from_pretrained gives kernels: sums over them round alike
+    model = make_model(form).to(memory_format=torch.channels_last).prepare_qat(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     train(model, batch, optimizer)
     # what stays float, in branches or fused, rounds otherwise in another memory layout
