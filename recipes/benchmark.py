@@ -4,6 +4,7 @@
     python recipes/benchmark.py train_step                     OABN against plain batch norm, both against timm
     python recipes/benchmark.py load                           a 4 bit checkpoint against the float one
     python recipes/benchmark.py qat                            quantisation-aware against float steps, and DKM
+    python recipes/benchmark.py quantize                       clustering the weights, against four libraries
     python recipes/benchmark.py inference --help               the options of one of them
 
 Sides take turns, in a new order each time, and a ratio is that of their medians, so that the machine's noise hits all
@@ -23,6 +24,7 @@ from transformers import HfArgumentParser, set_seed
 import benchmarks.inference
 import benchmarks.load
 import benchmarks.qat
+import benchmarks.quantize
 import benchmarks.train_step
 import repvgg_hf
 from results import write_json
@@ -32,6 +34,7 @@ BENCHMARKS = {
     "train_step": (benchmarks.train_step.TrainStepArguments, benchmarks.train_step.run),
     "load": (benchmarks.load.LoadArguments, benchmarks.load.run),
     "qat": (benchmarks.qat.QATArguments, benchmarks.qat.run),
+    "quantize": (benchmarks.quantize.QuantizeArguments, benchmarks.quantize.run),
 }
 
 
@@ -53,7 +56,8 @@ def show(record: dict) -> None:
     for measured in record["runs"]:
         for line in measured["ratios"]:
             met = "" if line["bar"] is None else "met" if line["ratio"] <= line["bar"] else "MISSED"
-            bar = "" if line["bar"] is None else f"{line['bar']:.2f} {met}"
+            digits = 3 if measured["unit"] else 5
+            bar = "" if line["bar"] is None else f"{line['bar']:.{digits}g} {met}"
             medians = [quantity(measured["medians"][line[side]], measured["unit"]) for side in ("name", "peer")]
             quartiles = "{:.3f} {:.3f}".format(*line["quartiles"])
             table.add_row(
@@ -61,7 +65,7 @@ def show(record: dict) -> None:
                 line["name"],
                 line["peer"],
                 " / ".join(medians),
-                f"{line['ratio']:.3f}",
+                f"{line['ratio']:.{digits}f}",
                 quartiles,
                 bar,
             )
@@ -70,7 +74,7 @@ def show(record: dict) -> None:
 
 
 def quantity(value: float, unit: str) -> str:
-    return f"{1000 * value:.1f} ms" if unit == "s" else f"{value / 1e6:.2f} MB"
+    return {"s": f"{1000 * value:.1f} ms", "B": f"{value / 1e6:.2f} MB", "": f"{value:.5f}"}[unit]
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -21,11 +21,6 @@ def resolve_config(method: str | ClusterConfig | None, bits: int | None, options
         raise ValueError(f"method must be 'cluster', 'uniform' or a ClusterConfig, got {method!r}.")
     if bits is not None or options:
         raise ValueError("Give either a whole ClusterConfig or its arguments, not both.")
-    if method.method == "cluster" and (method.symmetric or method.preserve_zero):
-        raise ValueError(
-            "Codebooks of method='cluster' can't be made symmetric or with an exact zero: leave symmetric and "
-            "preserve_zero at False, or use method='uniform', whose grids have both."
-        )
     return copy.deepcopy(method)  # saving writes a checksum into the model's own
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from ..quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
-from .clustering import SortedGroups, assign, kmeans_1d
+from .channel_scale import TINY, fit_channel_scale
+from .clustering import kmeans_1d
+from .codes import quantize_rows
+from .uniform_ranges import best_range, symmetric_integers, whole_range
 
-CHANNEL_SCALE_STEPS = 10
-RANGE_CANDIDATES = 100
-TINY = 1e-30  # scale of an all-zero channel: it decodes to nothing, whatever the codebook, and weighs nothing in it
+UNIMPORTANT = 1e-6  # of a channel without importance beside others: it gets a scale all the same
 
 
 @dataclass
@@ -43,172 +44,87 @@ def scale_channels(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Te
 
 
 def nearest(weight: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Codes of the entries nearest to `weight` `[out, ...]`, uint8 of its shape."""
-    normalised = scale_channels(weight, None if scale is None else scale.reciprocal())
-    return assign(normalised.reshape(codebook.shape[0], -1), codebook).view(weight.shape)
+    """Codes of the entries nearest to `weight` `[out, ...]`, uint8 of its shape; the codebook has `2**bits` entries."""
+    return quantize_rows(weight.reshape(weight.shape[0], -1), codebook, scale)[0].view(weight.shape)
 
 
 def quantize_weight(
     weight: torch.Tensor, bits: int, groups: int, config: ClusterConfig, importance: torch.Tensor | None = None
 ) -> QuantizedWeight:
-    """Quantise a finite `weight` `[out, ...]` with `groups` codebooks of `2**bits` entries.
+    """Quantise a weight so that `sum importance * (weight - decoded)^2` is small; every entry is the nearest one.
 
-    `importance` `[out, ...]`, not negative, is what each weight's squared error counts; `None` for all alike.
+    Args:
+        weight: finite, `[out, ...]`, any float dtype.
+        bits: of a code, 1 to 8.
+        groups: number of codebooks, of `2**bits` entries; each is for `out / groups` consecutive channels.
+        config: how to quantise; its `bits` and granularity are not looked at.
+        importance: of each weight, `[out, ...]` or `[1, ...]`, finite and not negative; `None` for equal importance,
+            which also a group has in which nothing is important.
 
-    Raises `ValueError` if an entry of the codebook does not fit its dtype.
+    Raises `ValueError` if an entry of the codebook does not fit its dtype, or if the importance is not as said.
     """
     weight = weight.detach().float()
-    fit = fit_uniform if config.method == "uniform" else fit_clusters
-    codebook, scale = fit(weight, 2**bits, groups, config, importance)
-    dtype = CODEBOOK_DTYPES[config.codebook_dtype]
-    stored = codebook.to(dtype)
+    rows = weight.reshape(weight.shape[0], -1)
+    if importance is not None:
+        importance = importance_of_rows(importance, weight, groups)
+    if config.method == "uniform":
+        codebook, scale = fit_uniform(rows, 2**bits, groups, config, importance)
+    else:
+        codebook, scale = fit_clusters(rows, 2**bits, groups, config, importance)
+    stored = codebook.to(CODEBOOK_DTYPES[config.codebook_dtype])
     if not stored.isfinite().all():
         raise ValueError(
-            f"a codebook entry of {codebook.abs().max().item():.3g} does not fit {config.codebook_dtype}: set "
-            "channel_scale=True or codebook_dtype='float32'."
+            f"weights of up to {weight.abs().max().item():.3g} need a codebook entry that does not fit "
+            f"{config.codebook_dtype}: set channel_scale=True or codebook_dtype='float32'."
         )
     return QuantizedWeight(nearest(weight, stored.float(), scale), stored, scale)
 
 
-def fit_clusters(weight: torch.Tensor, k: int, groups: int, config: ClusterConfig, importance=None):
-    """k-means codebooks `[groups, k]` and, if wanted, channel scales `[out]` fitted with them."""
+def importance_of_rows(importance: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """`importance` as float32 `[out, n]`, up to 1 in each of `groups` groups of channels. See [`quantize_weight`]."""
+    out = weight.shape[0]
+    shape = tuple(importance.shape)
+    if shape[1:] != tuple(weight.shape[1:]) or shape[0] not in (1, out):
+        raise ValueError(f"importance must have shape {tuple(weight.shape)} or 1 in place of {out}, got {shape}.")
+    importance = importance.detach().float()
+    if not (importance.isfinite().all() and (importance >= 0).all()):
+        raise ValueError("importance has NaN, infinite or negative entries: it must be finite and not negative.")
+    importance = importance.expand(weight.shape).reshape(groups, -1)
+    largest = importance.amax(dim=1, keepdim=True)
+    importance = torch.where(largest > 0, importance / largest, 1.0).view(out, -1)
+    ignored = importance.amax(dim=1, keepdim=True) == 0
+    return importance.masked_fill(ignored, UNIMPORTANT)
+
+
+def fit_clusters(rows: torch.Tensor, k: int, groups: int, config: ClusterConfig, importance: torch.Tensor | None):
+    """k-means codebooks `[groups, k]` for `rows` `[out, n]`, and channel scales `[out]` fitted with them or `None`."""
+    dtype, options = CODEBOOK_DTYPES[config.codebook_dtype], (config.preserve_zero, config.symmetric)
+    if config.symmetric and config.preserve_zero and k == 2:
+        raise ValueError("1 bit holds no symmetric codebook with a zero: set preserve_zero=False or more bits.")
     if not config.channel_scale:
-        return kmeans_1d(weight.reshape(groups, -1), k, _grouped(importance, groups)), None
-    rows = weight.reshape(weight.shape[0], -1)  # [out, weights a channel]
-    importance = _grouped(importance, len(rows))
-    if config.codebook_dtype == "int8" and k == 256:
-        return fit_symmetric_grid(rows, k, groups, True, importance)  # every integer has a code: nothing to cluster
-    codebook, scale = start_channel_scale(rows, k, groups, importance)
-    codebook, scale = refine_channel_scale(rows, codebook, scale, CHANNEL_SCALE_STEPS, importance)
-    # entries up to 1, far from where float16 ends; up to 127 for int8
-    unit = codebook.abs().amax(dim=1)  # [groups]
-    unit = torch.where(unit > 0, unit, 1.0) / (127 if config.codebook_dtype == "int8" else 1)
-    codebook = codebook / unit[:, None]
-    scale = (scale * unit.repeat_interleave(len(rows) // groups)).clamp_min(TINY)
-    if config.codebook_dtype == "int8":
-        codebook = codebook.round()
-        scale = fit_scale(rows, nearest(rows, codebook, scale), codebook, scale, importance)
-    return codebook, scale
+        weights = None if importance is None else importance.reshape(groups, -1)
+        return kmeans_1d(rows.reshape(groups, -1), k, weights, *options, dtype), None
+    if dtype == torch.int8 and k == 256 and not config.symmetric:  # every integer has a code: nothing to cluster
+        integers = symmetric_integers(k, rows.device)
+        return integers.repeat(groups, 1), best_range(rows, integers, False, importance)[1].clamp_min(TINY)
+    return fit_channel_scale(rows, k, groups, dtype, importance, *options)
 
 
-def _grouped(importance: torch.Tensor | None, groups: int) -> torch.Tensor | None:
-    return None if importance is None else importance.float().reshape(groups, -1)
+def fit_uniform(rows: torch.Tensor, k: int, groups: int, config: ClusterConfig, importance: torch.Tensor | None):
+    """Evenly spaced codebooks `[groups, k]` for `rows` `[out, n]`.
 
-
-def start_channel_scale(rows: torch.Tensor, k: int, groups: int, importance: torch.Tensor | None = None):
-    """Codebooks for `rows` `[out, n]` over their root mean squares, or for the rows as they are if that fits better.
-
-    The root mean square makes channels alike, unless it hangs on a few outliers that only some of them have.
+    With `channel_scale` they are integers, and a channel's step is its scale `[out]`; else the scale is `None`.
     """
-    deviation = rows.square().mean(dim=1).sqrt().clamp_min(TINY)
-    scales = [deviation, torch.where(deviation > TINY, 1.0, TINY)]
-    if groups == len(rows):  # a channel alone: its scale changes nothing
-        scales = scales[:1]
-    codebooks, errors = [], []
-    for scale in scales:
-        mass = scale.square()[:, None].expand_as(rows) * (1 if importance is None else importance)
-        codebook = kmeans_1d((rows / scale[:, None]).reshape(groups, -1), k, mass.reshape(groups, -1))
-        decoded = lookup(nearest(rows, codebook, scale), codebook, scale)
-        error = (decoded - rows).square() * (1 if importance is None else importance)
-        errors.append(error.reshape(groups, -1).sum(dim=1))
-        codebooks.append(codebook)
-    best = torch.stack(errors).argmin(dim=0)  # [groups]
-    codebook = torch.stack(codebooks)[best, torch.arange(groups, device=rows.device)]
-    best = best.repeat_interleave(len(rows) // groups)
-    return codebook, torch.stack(scales)[best, torch.arange(len(rows), device=rows.device)]
-
-
-def refine_channel_scale(rows, codebook: torch.Tensor, scale: torch.Tensor, steps: int, importance=None):
-    """Alternating least squares of codes, codebook and scale on `rows` `[out, n]`; the error never grows."""
-    for _ in range(steps):
-        codes = nearest(rows, codebook, scale)
-        codebook = segment_means(rows, codes, codebook, scale, importance).sort(dim=1).values
-        scale = fit_scale(rows, nearest(rows, codebook, scale), codebook, scale, importance)
-    return codebook, scale
-
-
-def segment_means(rows, codes, codebook: torch.Tensor, scale: torch.Tensor | None, importance=None) -> torch.Tensor:
-    """The codebook with the least squared error for given `codes`; entries that no code uses keep their value."""
-    groups, k = codebook.shape
-    scale = torch.ones(rows.shape[0], device=rows.device) if scale is None else scale
-    group = torch.arange(rows.shape[0], device=rows.device) * groups // rows.shape[0]
-    index = (codes.reshape(rows.shape).long() + group[:, None] * k).view(-1)
-    # the least squares entry of sum_i (w_i - s_i c)^2; in float64, as a GPU adds in any order and ranks should agree
-    scale = scale.double()[:, None]
-    mass = 1 if importance is None else importance
-    numerator = torch.bincount(index, (rows * scale * mass).reshape(-1), groups * k)
-    denominator = torch.bincount(index, (scale.square().expand_as(rows) * mass).reshape(-1), groups * k)
-    means = torch.where(denominator > 0, numerator / denominator.clamp_min(1e-300), codebook.reshape(-1).double())
-    return means.view(groups, k).to(codebook.dtype)
-
-
-def fit_scale(rows, codes, codebook: torch.Tensor, scale: torch.Tensor, importance=None) -> torch.Tensor:
-    """The scale with the least squared error for given codes and codebook; the present one where none is positive."""
-    entries = lookup(codes.reshape(rows.shape), codebook, None)
-    weighted = entries if importance is None else entries * importance
-    fitted = (rows * weighted).sum(dim=1) / (entries * weighted).sum(dim=1).clamp_min(1e-30)
-    return torch.where(fitted > 0, fitted, scale)
-
-
-def fit_symmetric_grid(sets_of_weights: torch.Tensor, k: int, groups: int, search: bool, importance=None):
-    """`groups` times the integers `-k/2 .. k/2 - 1` (for k = 2: -1 and 1), and a step for each set in `[sets, n]`.
-
-    The step takes in every weight, or with `search` it has the least squared error.
-    """
-    grid = torch.arange(k, dtype=torch.float32) - k // 2 if k > 2 else torch.tensor([-1.0, 1.0])
-    grid = grid.to(sets_of_weights.device)
-    sets = SortedGroups(sets_of_weights, importance)
-    step = sets.values.abs().amax(dim=1).clamp_min(TINY) / grid[-1]
-    if search:
-        step = step * search_ratio(sets, lambda ratio: (step * ratio)[:, None] * grid, torch.ones_like(step))
-    return grid.repeat(groups, 1), step
-
-
-def fit_uniform(weight: torch.Tensor, k: int, groups: int, config: ClusterConfig, importance=None):
-    """Evenly spaced codebooks `[groups, k]` and, with `channel_scale`, integers in them and a step for each channel.
-
-    The symmetric grid is that of [`fit_symmetric_grid`]; the affine one goes from low to high. `"mse"` searches the
-    step, or both ends in turn, for the least squared error.
-    """
-    search = config.range_method == "mse"
-    if config.symmetric and config.channel_scale:
-        return fit_symmetric_grid(
-            weight.reshape(weight.shape[0], -1), k, groups, search, _grouped(importance, len(weight))
-        )
+    integers = torch.arange(k, dtype=torch.float32, device=rows.device)
     if config.symmetric:
-        grid, step = fit_symmetric_grid(weight.reshape(groups, -1), k, groups, search, _grouped(importance, groups))
-        return grid * step[:, None], None
-    sets = SortedGroups(weight.reshape(groups, -1), _grouped(importance, groups))
-    low, high = sets.values[:, 0], sets.values[:, -1]
-    fractions = torch.linspace(0, 1, k, device=weight.device)
-    middle = sets.centre[:, 0].float()
-
-    def grid(low_ratio, high_ratio):
-        first, last = torch.lerp(middle, low, low_ratio), torch.lerp(middle, high, high_ratio)
-        return first[:, None] + (last - first)[:, None] * fractions
-
-    low_ratio = high_ratio = torch.ones_like(low)
-    if search:
-        low_ratio = high_ratio = search_ratio(sets, lambda ratio: grid(ratio, ratio), low_ratio)
-        for _ in range(3):
-            low_ratio = search_ratio(sets, lambda ratio: grid(ratio, high_ratio), low_ratio)  # noqa: B023
-            high_ratio = search_ratio(sets, lambda ratio: grid(low_ratio, ratio), high_ratio)  # noqa: B023
-    return grid(low_ratio, high_ratio), None
-
-
-def search_ratio(sets: SortedGroups, codebook_of, ratio: torch.Tensor) -> torch.Tensor:
-    """For each set the ratio from 0.01 to 1 whose codebook has the least error; it is no worse than the given `ratio`.
-
-    The candidates are spaced geometrically, then once more finely around the best.
-    """
-    best = sets.error(codebook_of(ratio))
-    coarse = torch.logspace(0, -2, RANGE_CANDIDATES, device=ratio.device)
-    fine = torch.linspace(0.955, 1.045, 31, device=ratio.device)
-    for factors in (coarse, fine):
-        centre = ratio if factors is fine else torch.ones_like(ratio)
-        for factor in factors:
-            candidate = (centre * factor).clamp_max(1)
-            error = sets.error(codebook_of(candidate))
-            ratio = torch.where(error < best, candidate, ratio)
-            best = torch.minimum(error, best)
-    return ratio
+        integers = symmetric_integers(k, rows.device)
+    sets = len(rows) if config.channel_scale else groups
+    values = rows.reshape(sets, -1)
+    if config.range_method == "mse":
+        weights = None if importance is None else importance.reshape(sets, -1)
+        offset, step = best_range(values, integers, not config.symmetric, weights)
+    else:
+        offset, step = whole_range(values, integers, not config.symmetric)
+    if config.channel_scale:
+        return integers.repeat(groups, 1), step.clamp_min(TINY)
+    return offset[:, None] + step[:, None] * integers, None

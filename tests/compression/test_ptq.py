@@ -181,10 +181,23 @@ def test_a_method_that_is_none_is_refused(method, model):
         model.quantize(method)
 
 
-@pytest.mark.parametrize("option", ["symmetric", "preserve_zero"])
-def test_structured_codebooks_are_refused(option, model):
-    with pytest.raises(ValueError, match="can't be made symmetric or with an exact zero: leave"):
-        model.quantize(**{option: True})
+@pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "calibrated"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("preserve_zero", [False, True], ids=["", "zero"])
+def test_structured_codebooks(preserve_zero, symmetric, calibrated, model, generator):
+    calibration = torch.randn(8, 3, 16, 16, generator=generator) if calibrated else None
+    model.quantize(
+        bits=3, granularity="per_channel", preserve_zero=preserve_zero, symmetric=symmetric, calibration=calibration
+    )
+    for layer in cluster_layers(model).values():
+        codebook = layer.weight_codebook
+        assert not preserve_zero or (codebook == 0).any(dim=1).all()
+        assert not symmetric or torch.equal(codebook, -codebook.flip(1))
+
+
+def test_one_bit_holds_no_symmetric_codebook_with_a_zero(model):
+    with pytest.raises(ValueError, match="'.*' can't be quantised: 1 bit holds no symmetric codebook with a zero: set"):
+        model.quantize(bits=1, preserve_zero=True, symmetric=True)
 
 
 def test_a_config_and_arguments_are_refused(model):

@@ -207,7 +207,8 @@ def test_updates_follow_the_kernel(form, make_model, batch):
             errors.append([(layer(kernels[name]) - kernels[name]).square().sum() for name, layer in layers.items()])
             update_codebooks(model)
     errors = torch.tensor(errors)
-    assert (errors[-1] <= errors[0]).all() and errors[-1].sum() < 0.8 * errors[0].sum()
+    # the classifier was not moved: its codebook can but follow its rounding to float16
+    assert (errors[-1] <= errors[0] * 1.0001).all() and errors[-1].sum() < 0.8 * errors[0].sum()
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])

@@ -17,6 +17,8 @@ FORMATS = {
         "bits": 2, "codebook_update": "kmeans", "modules_to_not_convert": ["embeddings"], "freeze_threshold": 0.1,
         "update_every": 2, "bits_overrides": {"classifier": 3},
     },
+    "symmetric": {"bits": 3, "symmetric": True},
+    "zero": {"bits": 2, "preserve_zero": True},
     "w4a8": {"bits": 4, "activation_bits": 8, "tuning_steps": 0},
     "w2a4, moving average": {
         "bits": 2, "activation_bits": 4, "activation_update": "moving_average", "tuning_steps": 0,

@@ -1,0 +1,205 @@
+"""Sorted values with prefix sums, in which any interval's mass and mean cost no more than looking up its ends."""
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+HISTOGRAM_VALUES = 2**17  # more values in a group are counted into bins: quicker than sorting them, and much smaller
+COARSE_BINS, FINE_BINS = 2**12, 2**16
+LEAST_BINS = 2**12  # values that fill fewer are sorted after all
+CHUNK_VALUES = 2**18  # of temporaries, which bounds the memory and lets them stay in a cache
+PINNED_MASS = 1e6  # of the point that pins an entry to zero, in multiples of all others' mass
+
+
+class SortedGroups:
+    """Groups of values in ascending order, with prefix sums of their mass and first moment.
+
+    In ascending order a cluster is an interval, so these sums give any cluster's mass and mean in constant time. A
+    group of more than `HISTOGRAM_VALUES` values becomes the means of some 2**16 bins.
+
+    Args:
+        values: `[groups, n]`, any float dtype.
+        weights: `[groups, n]`, the importance of each value, not negative; `None` for equal ones.
+        preserve_zero: add a point at zero that outweighs all values, so that the best codebook has an entry there and
+            is otherwise the best beside it.
+
+    Attributes:
+        values: float32 `[groups, points]`.
+        mass, first: float64 `[groups, points + 1]`, prefix sums; `first` is about `centre`, float64 `[groups, 1]`.
+        second: float64 `[groups]`, the second moment about `centre` of all values.
+        zero: int64 `[groups, 1]`, the index of the point at zero, if there is one.
+    """
+
+    def __init__(self, values: torch.Tensor, weights: torch.Tensor | None = None, preserve_zero: bool = False):
+        values = values.detach().float()
+        weights = None if weights is None else weights.detach().float()
+        # float64 and centred: a cluster's error is a difference of large sums
+        self.centre = values.mean(dim=1, keepdim=True, dtype=torch.float64)
+        if preserve_zero:
+            self.centre.zero_()
+        points = _histogram(values, weights, self.centre) if values.shape[1] > HISTOGRAM_VALUES else None
+        if points is None:
+            points = _sorted(values, weights, self.centre)
+        self.values, self.mass, self.first, self.second = points
+        self.zero = self._pin_zero() if preserve_zero else None
+
+    def _pin_zero(self) -> torch.Tensor:
+        """Insert the point at zero; its index, `[groups, 1]`."""
+        number, n = self.values.shape
+        zero = torch.searchsorted(self.values, self.values.new_zeros(number, 1))
+        index = torch.arange(n + 2, device=zero.device).expand(number, -1)
+        behind = index > zero
+        pinned = PINNED_MASS * self.mass[:, -1:].clamp_min(1e-30)
+        self.mass = self.mass.gather(1, index - behind.long()) + pinned * behind
+        self.first = self.first.gather(1, index - behind.long())
+        values = self.values.gather(1, (index - behind.long())[:, :-1].clamp_max(n - 1))
+        self.values = values.masked_fill(index[:, :-1] == zero, 0.0)
+        return zero
+
+    def cuts(self, codebook: torch.Tensor) -> torch.Tensor:
+        """Where the intervals of an ascending `codebook` `[groups, k]`'s entries begin and end, `[groups, k + 1]`."""
+        middles = (codebook[:, 1:] + codebook[:, :-1]) / 2
+        return self.closed(torch.searchsorted(self.values, middles.contiguous(), right=True))
+
+    def closed(self, inner: torch.Tensor) -> torch.Tensor:
+        """`inner` cuts `[groups, k - 1]` between the two ends, `[groups, k + 1]`."""
+        return pad(pad(inner, (1, 0)), (0, 1), value=self.values.shape[1])
+
+    def moments(self, cuts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mass and first moment about `centre` between the `cuts` `[groups, k + 1]`, each float64 `[groups, k]`."""
+        return self.mass.gather(1, cuts).diff(dim=1), self.first.gather(1, cuts).diff(dim=1)
+
+    def means(self, cuts: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+        """Mean of each interval, float32: that of `empty` `[groups, k]` for one without mass, 0 for the one of zero."""
+        mass, first = self.moments(cuts)
+        means = torch.where(mass > 0, first / mass.clamp_min(1e-300) + self.centre, empty.double()).float()
+        if self.zero is not None:
+            means.scatter_(1, torch.searchsorted(cuts[:, 1:].contiguous(), self.zero, right=True), 0.0)
+        return means
+
+    def entry_moments(self, codebooks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`moments`] of what is nearest to each entry of ascending `codebooks` `[groups, candidates, k]`.
+
+        A value in the middle goes to the lower entry.
+        """
+        middles = (codebooks[:, :, 1:] + codebooks[:, :, :-1]) / 2
+        inner = torch.searchsorted(self.values, middles.flatten(1), right=True).view(middles.shape)
+        cuts = self.closed(inner).flatten(1)
+        shape = (*codebooks.shape[:2], -1)
+        return tuple(prefix.gather(1, cuts).view(shape).diff(dim=2) for prefix in (self.mass, self.first))
+
+    def errors(self, entries: torch.Tensor, factors: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        """[`error`] of every codebook `entries * factor + offset`, float64 `[groups, candidates]`.
+
+        `entries` is `[groups, k]` or `[1, k]`, ascending; `factors` (positive) and `offsets` `[groups, candidates]`.
+        """
+        chunk = max(1, CHUNK_VALUES // (len(factors) * entries.shape[1]))
+        errors = []
+        for start in range(0, factors.shape[1], chunk):
+            codebooks = entries[:, None, :] * factors[:, start : start + chunk, None]
+            if offsets is not None:
+                codebooks += offsets[:, start : start + chunk, None]
+            mass, first = self.entry_moments(codebooks)
+            entry = codebooks - self.centre[:, :, None]
+            errors.append(self.second[:, None] + (entry * (entry * mass - 2 * first)).sum(dim=2))
+        return torch.cat(errors, dim=1).clamp_min_(0)
+
+    def error(self, codebook: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of squared errors of the nearest entry of an ascending `codebook` `[groups, k]`, float64."""
+        return self.errors(codebook, torch.ones_like(self.values[:, :1]))[:, 0]
+
+
+def ascending(rows: torch.Tensor) -> torch.Tensor:
+    """Every row of `rows` sorted. NumPy needs a sixth of PyTorch's time, which makes an index as well."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1))
+    return rows.sort(dim=1).values
+
+
+def ascending_pairs(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row of the float32 `values` sorted, and the float32 `weights`, not negative, in their order.
+
+    Both travel in one integer, the value in its upper half: quicker than gathering, and equal values have an order.
+    """
+    order = _ordered(values.view(torch.int32)).long() << 32
+    pairs = ascending(order | weights.abs().view(torch.int32).long())
+    return _ordered((pairs >> 32).int()).view(torch.float32), pairs.int().view(torch.float32)
+
+
+def _ordered(bits: torch.Tensor) -> torch.Tensor:
+    """The bits of float32 numbers as integers of the same order, and back: those of negative ones are inverted."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _sorted(values, weights, centre):
+    """`values`, `mass`, `first` and `second` of [`SortedGroups`]: every value a point."""
+    number, n = values.shape
+    ordered = torch.empty_like(values)
+    first = values.new_zeros(number, n + 1, dtype=torch.float64)
+    second = first.new_empty(number)
+    if weights is None:
+        mass = torch.arange(n + 1, dtype=torch.float64, device=values.device).expand(number, -1)
+    else:
+        mass = torch.zeros_like(first)
+    step = max(1, CHUNK_VALUES // n)
+    for start in range(0, number, step):
+        rows = slice(start, start + step)
+        if weights is None:
+            ordered[rows] = ascending(values[rows])
+            centred = moment = ordered[rows] - centre[rows]
+        else:
+            ordered[rows], weight = ascending_pairs(values[rows], weights[rows])
+            mass[rows, 1:] = weight.cumsum(dim=1, dtype=torch.float64)
+            centred = ordered[rows] - centre[rows]
+            moment = centred * weight
+        first[rows, 1:] = moment.cumsum(dim=1)
+        second[rows] = (moment * centred).sum(dim=1)
+    return ordered, mass, first, second
+
+
+def _histogram(values, weights, centre):
+    """`values`, `mass`, `first` and `second` of [`SortedGroups`]: bins as points, or `None` if too few are in use.
+
+    A first pass counts into even bins. Each is then divided as finely as the best quantiser with many entries would
+    (Panter and Dite 1951), the cube root of its mass, so that narrow peaks and long tails are both resolved.
+    """
+    number, n = values.shape
+    low, high = values.aminmax(dim=1, keepdim=True)
+    scale = COARSE_BINS * (1 - 1e-6) / (high - low).clamp_min(1e-37)
+    group = torch.arange(number, dtype=torch.int32, device=values.device)[:, None]
+    columns = [slice(start, start + CHUNK_VALUES // number) for start in range(0, n, CHUNK_VALUES // number)]
+
+    def weight(part):
+        return None if weights is None else weights[:, part].reshape(-1).double()
+
+    coarse = torch.zeros(number * COARSE_BINS, dtype=torch.float64, device=values.device)
+    for part in columns:
+        bins = ((values[:, part] - low) * scale).int() + group * COARSE_BINS
+        coarse += torch.bincount(bins.view(-1), weight(part), len(coarse))
+
+    share = coarse.view(number, -1).pow(1 / 3)
+    divisions = 1 + (FINE_BINS * share / share.sum(dim=1, keepdim=True).clamp_min(1e-300)).floor()
+    total = COARSE_BINS + FINE_BINS + 1
+    base = (divisions.cumsum(dim=1) - divisions + total * group).int().view(-1)
+    divisions = divisions.float().view(-1)
+    mass = torch.zeros(number * total, dtype=torch.float64, device=values.device)
+    first, second = torch.zeros_like(mass), torch.zeros_like(centre[:, 0])
+    for part in columns:
+        position = (values[:, part] - low) * scale
+        bins = position.int()
+        within = (position - bins).view(-1)
+        bins = (bins + group * COARSE_BINS).view(-1)
+        bins = base.index_select(0, bins) + (within * divisions.index_select(0, bins)).int()
+        centred = values[:, part] - centre
+        moment = centred if weights is None else centred * weights[:, part]
+        mass += torch.bincount(bins, weight(part), len(mass))
+        first += torch.bincount(bins, moment.reshape(-1), len(mass))
+        second += (moment * centred).sum(dim=1)
+
+    mass, first = mass.view(number, total), first.view(number, total)
+    if (mass > 0).sum(dim=1).min() < LEAST_BINS:
+        return None
+    means = (first / mass.clamp_min(1e-300) + centre).float()
+    # an empty bin repeats the one before it
+    points = torch.where(mass > 0, means, low).cummax(dim=1).values
+    return points, pad(mass.cumsum(dim=1), (1, 0)), pad(first.cumsum(dim=1), (1, 0)), second
