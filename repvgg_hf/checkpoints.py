@@ -1,16 +1,24 @@
 """Checkpoints: what is checked before and after loading one, its checksum, and replacing its files at once."""
 
+import json
+import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
-from .cluster_layers import cluster_layers
+from .cluster_layers import ClusterLayer
+
+# as safetensors calls those that we know
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 
 
 def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
@@ -50,33 +58,65 @@ def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
         )
 
 
-def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """CRC-32 over the names and bytes of some tensors, whatever their order and the files they are in."""
-    lines = []
-    for name, tensor in tensors:
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        lines.append(f"{name} {zlib.crc32(data):08x}")
+@dataclass
+class StoredTensor:
+    """What a file says of a tensor, and the CRC-32 of its bytes."""
+
+    dtype: torch.dtype | str
+    shape: list[int]
+    crc: int
+
+
+def read_tensors(files: list[str]) -> dict[str, StoredTensor]:
+    """Every tensor in some safetensors files, by name; read without making tensors of them, which takes twice as long.
+
+    A file begins with the length of its header (8 bytes, little-endian), then the header in JSON, then the tensors'
+    bytes. Raises `SafetensorError` for a damaged header.
+    """
+    tensors = {}
+    for path in files:
+        with (
+            safe_open(path, framework="pt"),
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(bytes(data[8:start]))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = (start + offset for offset in entry["data_offsets"])
+                dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
+                tensors[name] = StoredTensor(dtype, entry["shape"], zlib.crc32(data[begin:end]))
+    return tensors
+
+
+def checksum(crcs: dict[str, int]) -> str:
+    """CRC-32 over tensors' names and the CRC-32 of their bytes, whatever their order and the files they are in."""
+    lines = [f"{name} {crc:08x}" for name, crc in crcs.items()]
     return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
 
 
-def read_tensors(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in some safetensors files, by name."""
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 (the reader itself is no iterable)
-                yield name, reader.get_tensor(name)
+def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The [`checksum`] of tensors in memory, with their names."""
+    return checksum(
+        {
+            name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            for name, tensor in tensors
+        }
+    )
 
 
-def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -> None:
-    """Compare the tensors in safetensors `files` with those that `model`'s cluster layers expect, before loading.
+def check_checkpoint(layers: dict[str, ClusterLayer], files: list[str], expected_checksum: str | None) -> None:
+    """Compare the tensors in safetensors `files` with those that cluster `layers` expect, before loading.
 
     Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents that
     don't fit the checksum.
     """
-    layers = {name.removeprefix("repvgg."): layer for name, layer in cluster_layers(model).items()}
-    expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.state_dict().items()}
+    layers = {name.removeprefix("repvgg."): layer for name, layer in layers.items()}
+    expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.stored().items()}
     where = ", ".join(map(str, files))
-    tensors = dict(read_tensors(files))
+    tensors = read_tensors(files)
     strays = []  # float weights, or scales that quantization_config doesn't tell of
     for name, tensor in tensors.items():
         layer, _, key = name.removeprefix("repvgg.").rpartition(".")
@@ -84,9 +124,9 @@ def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -
             strays.append(name)
         wanted = expected.pop(f"{layer}.{key}", tensor)
         # a bias is converted to the model's dtype, as in a float model
-        if tensor.shape != wanted.shape or (tensor.dtype != wanted.dtype and key != "bias"):
+        if tensor.shape != list(wanted.shape) or (tensor.dtype != wanted.dtype and key != "bias"):
             raise ValueError(
-                f"{name} in {where} is {tensor.dtype} {list(tensor.shape)}, but quantization_config asks for "
+                f"{name} in {where} is {tensor.dtype} {tensor.shape}, but quantization_config asks for "
                 f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one "
                 "of them was edited. Download both again, or quantise the float model again."
             )
@@ -102,7 +142,7 @@ def check_checkpoint(model: nn.Module, files: list[str], checksum: str | None) -
             "weights are not of the same model, or one of them was edited. Download both again, or quantise the float "
             "model again."
         )
-    if checksum is not None and tensors_checksum(tensors.items()) != checksum:
+    if expected_checksum not in (None, checksum({name: tensor.crc for name, tensor in tensors.items()})):
         raise ValueError(
             f"The tensors in {where} don't fit the checksum in config.json: a file is damaged or of another model. "
             "Download or save both again; if you changed the weights on purpose, remove checksum from "

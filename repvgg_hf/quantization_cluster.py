@@ -37,9 +37,9 @@ class ClusterConfig(QuantizationConfigMixin):
             name or a parent's, the base model's prefix may be left out; the longest matching key wins.
         modules_to_not_convert: modules, named likewise, that stay float.
         symmetric: for `"uniform"` (the default there) a grid with an exact zero and as many steps to both sides, else
-            one from minimum to maximum. `"cluster"` does not make symmetric codebooks.
-        preserve_zero: one entry of every codebook is exactly zero, as in a symmetric uniform grid. `"cluster"` does not
-            offer it.
+            one from minimum to maximum. For `"cluster"` every entry has its negative.
+        preserve_zero: one entry of every codebook is exactly zero, as in a symmetric uniform grid: pruned weights stay
+            pruned. A symmetric codebook of `"cluster"` then holds zero twice, and takes at least 2 bits.
         range_method: for `"uniform"`: a grid over the whole range (`"minmax"`) or with the least squared error
             (`"mse"`).
         decode: `"at_load"` decodes each weight once, when it is first used, and keeps the codes beside it;
@@ -201,9 +201,9 @@ class ClusterQuantizer(HfQuantizer):
                 "config.json has a quantization_config but deploy=False: quantised checkpoints hold fused kernels. "
                 "Set deploy to true in config.json if its keys end in weight_codes, or remove quantization_config."
             )
-        model.replace_with_cluster_layers(self.quantization_config)
+        layers = model.replace_with_cluster_layers(self.quantization_config)
         if checkpoint_files and all(Path(file).suffix == ".safetensors" for file in checkpoint_files):
-            check_checkpoint(model, checkpoint_files, self.quantization_config.checksum)
+            check_checkpoint(layers, checkpoint_files, self.quantization_config.checksum)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:

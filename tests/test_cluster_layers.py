@@ -114,8 +114,11 @@ def test_state_dict_is_the_format_table(layer, bits):
         "bias": (torch.float32, [12]),
     }
     assert torch.equal(state["weight_codebook"], codebook) and torch.equal(state["weight_scale"], scale)
-    without = random_layer(layer, channel_scale=False)[0].state_dict()
-    assert without.keys() == {"weight_codes", "weight_codebook", "bias"}
+    without = random_layer(layer, channel_scale=False)[0]
+    assert without.state_dict().keys() == {"weight_codes", "weight_codebook", "bias"}
+    for some in (quantized, without):
+        decode_layers(some)
+        assert some.stored().keys() == some.state_dict().keys()
 
 
 def test_a_layer_without_bias():
