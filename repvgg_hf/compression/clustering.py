@@ -16,7 +16,7 @@ VALUES_A_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and also for a gr
 SPAN, LEAST_SPAN = 4, 32  # a cluster takes in at most that multiple of its share of these, or that many
 REFINEMENT = (0.5, 0.1, 0.02)  # how far a cut can move, in widths of the intervals beside it
 MOVES = 6  # positions either way to choose from
-CHUNK_CANDIDATES = 6144  # of all groups at a time, which bounds the memory of the dynamic programme to some MB
+CHUNK_CANDIDATES = 12288  # of all groups at a time, which bounds the memory of the dynamic programme to some MB
 
 
 def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
@@ -28,15 +28,22 @@ def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
     number, n = groups.values.shape
     if n <= count:
         return torch.arange(n + 1, device=groups.values.device).expand(number, -1)
-    # (density^(1/3) * gap)^3, with mass / gap for the density, in units that suit float32
-    mass = (groups.mass[:, 2:] - groups.mass[:, :-2]) / groups.mass[:, -1:].clamp_min(1e-300)
-    gap = groups.values.diff(dim=1) / (groups.values[:, -1:] - groups.values[:, :1]).clamp_min(1e-37)
-    steps = (mass.float() * gap.square_()).pow_(1 / 3)
-    for _ in range(2):
-        steps = torch.minimum(steps, steps.sum(dim=1, keepdim=True) / count)
-    position = pad(steps.cumsum(dim=1, dtype=torch.float64), (1, 0))  # [groups, n]
-    fractions = torch.arange(1, count, device=position.device) / count
-    return groups.closed(torch.searchsorted(position, position[:, -1:] * fractions))
+    fractions = torch.arange(1, count, device=groups.values.device) / count
+
+    def inner(mass, values):
+        # (density^(1/3) * gap)^3, with mass / gap for the density, in units that suit float32
+        mass = (mass[:, 2:] - mass[:, :-2]) / mass[:, -1:].clamp_min(1e-300)
+        gap = values.diff(dim=1) / (values[:, -1:] - values[:, :1]).clamp_min(1e-37)
+        steps = (mass.float() * gap.square_()).pow_(1 / 3)
+        for _ in range(2):
+            steps = torch.minimum(steps, steps.sum(dim=1, keepdim=True) / count)
+        position = pad(steps.cumsum(dim=1, dtype=torch.float64), (1, 0))  # [groups, n]
+        return torch.searchsorted(position, position[:, -1:] * fractions)
+
+    chunk = max(1, CHUNK_VALUES // n)
+    return groups.closed(
+        torch.cat([inner(*rows) for rows in zip(groups.mass.split(chunk), groups.values.split(chunk))])
+    )
 
 
 def candidate_count(number: int, n: int, k: int) -> int:
@@ -56,29 +63,30 @@ def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Te
     """
     number, points = cuts.shape
     span = min(points - 1, max(LEAST_SPAN, SPAN * -(-points // k)))
-    mass, first = groups.mass.gather(1, cuts), groups.first.gather(1, cuts)  # [groups, points]
+    # groups last: what is compared lies side by side in memory
+    mass, first = (prefix.gather(1, cuts).T.contiguous() for prefix in (groups.mass, groups.first))  # [points, groups]
     # what lies between two neighbouring candidates stays together: its own spread is left out
-    second = pad(_spread(mass.diff(dim=1), first.diff(dim=1)).cumsum(dim=1), (1, 0))
+    second = pad(_spread(mass.diff(dim=0), first.diff(dim=0)).cumsum(dim=0), (0, 0, 1, 0))
 
-    def before(prefix, value=0.0):  # [groups, to, from]: the `span` points before each, and itself
-        return pad(prefix, (span, 0), value=value).unfold(1, span + 1, 1)
+    def before(prefix, value=0.0):  # [from, to, groups]: the `span` points before each, and itself
+        return pad(prefix, (0, 0, span, 0), value=value).unfold(0, span + 1, 1).permute(2, 0, 1)
 
-    cost = second[:, :, None] - before(second)
-    cost -= _spread(mass[:, :, None] - before(mass), first[:, :, None] - before(first))
+    cost = second - before(second)
+    cost -= _spread(mass - before(mass), first - before(first))
     cost = cost.clamp_min_(0).float()
-    best = [torch.full((number, points), float("inf"), device=cuts.device)]  # of no interval, one, ...
-    best[0][:, 0] = 0
+    best = [torch.full((points, number), float("inf"), device=cuts.device)]  # of no interval, one, ...
+    best[0][0] = 0
     for _ in range(k):
-        best.append((before(best[-1], float("inf")) + cost).amin(dim=2))
+        best.append((before(best[-1], float("inf")) + cost).amin(dim=0))
 
-    position = torch.full((number, 1), points - 1, device=cuts.device)
+    position = torch.full((1, number), points - 1, device=cuts.device)
     path = [position]
     for previous in best[-2::-1]:
-        at_position = position[:, :, None].expand(-1, -1, span + 1)
+        at_position = position.expand(span + 1, 1, -1)
         total = before(previous, float("inf")).gather(1, at_position) + cost.gather(1, at_position)
-        position = position - span + total[:, 0].argmin(dim=1, keepdim=True)
+        position = position - span + total[:, 0].argmin(dim=0, keepdim=True)
         path.append(position)
-    return cuts.gather(1, torch.cat(path[::-1], dim=1))
+    return cuts.gather(1, torch.cat(path[::-1]).T)
 
 
 def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tensor:
@@ -87,7 +95,7 @@ def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tens
     A cut has a few evenly spaced positions to choose from, at least one value apart. All cuts move together, where
     Lloyd's iteration gets stuck as soon as no single value changes its side.
     """
-    number, k = cuts.shape[0], cuts.shape[1] - 1
+    k = cuts.shape[1] - 1
     gaps = cuts.diff(dim=1)
     stride = (torch.minimum(gaps[:, 1:], gaps[:, :-1]) * (reach / MOVES)).round().long().clamp_min(1)
     offsets = torch.arange(-MOVES, MOVES + 1, device=cuts.device)
@@ -95,24 +103,27 @@ def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tens
     inner = cuts[:, 1:-1, None] + (stride[:, :, None] * offsets).clamp(-half[:, :-1], half[:, 1:])
     ends = cuts[:, [0, -1], None].expand(-1, -1, len(offsets))
     positions = torch.cat([ends[:, :1], inner, ends[:, 1:]], dim=1)  # [groups, k + 1, offsets]
-    mass, first = (at.gather(1, positions.flatten(1)).view(positions.shape) for at in (groups.mass, groups.first))
+    # groups last, as above: [k + 1, offsets, groups]
+    mass, first = (
+        prefix.gather(1, positions.flatten(1)).view(positions.shape).permute(1, 2, 0).contiguous()
+        for prefix in (groups.mass, groups.first)
+    )
 
-    def gain(step, to):  # of an interval up to the positions `to` [groups, to] of a cut, [groups, to, from]
-        mass_between = mass[:, step].gather(1, to)[:, :, None] - mass[:, step - 1, None, :]
-        first_between = first[:, step].gather(1, to)[:, :, None] - first[:, step - 1, None, :]
+    def gain(step, mass_to, first_to):  # of an interval up to positions of a cut, [from, to, groups]
+        mass_between, first_between = mass_to - mass[step - 1, :, None], first_to - first[step - 1, :, None]
         return first_between.square_().div_(mass_between.add_(1e-300))
 
-    anywhere = torch.arange(len(offsets), device=cuts.device).expand(number, -1)
-    best = [gain(1, anywhere)[:, :, 0]]  # of the first interval, two, ...
+    best = [gain(1, mass[1], first[1])[0]]  # of the first interval, two, ...
     for step in range(2, k + 1):
-        best.append(gain(step, anywhere).add_(best[-1][:, None, :]).amax(dim=2))
-    choice = anywhere[:, :1]
+        best.append(gain(step, mass[step], first[step]).add_(best[-1][:, None]).amax(dim=0))
+    choice = torch.zeros_like(cuts[None, :, 0])  # [1, groups]; all positions of the last cut are the same
     path = [choice]
     for step in range(k, 1, -1):
-        choice = (gain(step, choice)[:, 0] + best[step - 2]).argmax(dim=1, keepdim=True)
+        total = gain(step, mass[step].gather(0, choice), first[step].gather(0, choice))[:, 0] + best[step - 2]
+        choice = total.argmax(dim=0, keepdim=True)
         path.append(choice)
     path.append(choice)
-    return positions.gather(2, torch.cat(path[::-1], dim=1)[:, :, None])[:, :, 0]
+    return positions.gather(2, torch.cat(path[::-1]).T[:, :, None])[:, :, 0]
 
 
 def distinct_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
