@@ -90,7 +90,7 @@ class ScaledChannels:
     def fit(self) -> Fit:
         """The best codebook and scale from several starts."""
         starts = self.starts()
-        fits = [self.settled(*fit) for fit in zip(self.best_codebooks(starts), starts)]
+        fits = [self.settled(self.best_codebooks(start[None])[0], start) for start in starts]
         best = functools.reduce(self.better, fits)
         for _ in range(ROUNDS):
             best = self.better(best, self.settled(self.best_codebooks(best[1][None])[0], best[1]))

@@ -126,6 +126,14 @@ def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tens
     return positions.gather(2, torch.cat(path[::-1]).T[:, :, None])[:, :, 0]
 
 
+def few_distinct(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Which rows of the sorted `values` `[groups, n]` have at most `k` distinct ones, `[groups]`."""
+    some = torch.arange(k + 1, device=values.device) * (values.shape[1] - 1) // k
+    if (values[:, some].diff(dim=1) > 0).all():
+        return torch.zeros_like(values[:, 0], dtype=torch.bool)  # as a rule: no need to look at every value
+    return (values.diff(dim=1) != 0).sum(dim=1) < k
+
+
 def distinct_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
     """The first `k` distinct values of each group, the last one repeated, `[groups, k]`."""
     rank = pad((groups.values.diff(dim=1) != 0).cumsum(dim=1), (1, 0))
@@ -137,7 +145,7 @@ def distinct_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
 def optimal_codebook(groups: SortedGroups, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """See [`kmeans_1d`]."""
     n = groups.values.shape[1]
-    few = (groups.values.diff(dim=1) != 0).sum(dim=1) < k  # distinct values
+    few = few_distinct(groups.values, k)
     if few.all():
         return distinct_codebook(groups, k).to(dtype).float()
     cuts = best_intervals(groups, candidate_cuts(groups, candidate_count(*groups.values.shape, k)), k)
@@ -180,7 +188,7 @@ def kmeans_1d(
     if symmetric:
         return mirrored(kmeans_1d(values.abs(), k // 2, weights, preserve_zero, dtype=dtype))
     number, n = values.shape
-    chunk = max(1, min(CHUNK_CANDIDATES // candidate_count(number, n, k), CHUNK_VALUES // n))
+    chunk = max(1, min(CHUNK_CANDIDATES // candidate_count(number, n, k), 2 * CHUNK_VALUES // n))
     codebooks = []
     for start in range(0, number, chunk):
         part = None if weights is None else weights[start : start + chunk]

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 HISTOGRAM_VALUES = 2**17  # more values in a group are counted into bins: quicker than sorting them, and much smaller
 COARSE_BINS, FINE_BINS = 2**12, 2**16
 LEAST_BINS = 2**12  # values that fill fewer are sorted after all
-CHUNK_VALUES = 2**18  # of temporaries, which bounds the memory and lets them stay in a cache
+CHUNK_VALUES = 2**17  # of temporaries, which bounds the memory and lets them stay in a cache
 PINNED_MASS = 1e6  # of the point that pins an entry to zero, in multiples of all others' mass
 
 
@@ -93,7 +93,7 @@ class SortedGroups:
 
         `entries` is `[groups, k]` or `[1, k]`, ascending; `factors` (positive) and `offsets` `[groups, candidates]`.
         """
-        chunk = max(1, CHUNK_VALUES // (len(factors) * entries.shape[1]))
+        chunk = max(1, CHUNK_VALUES // 2 // (len(factors) * entries.shape[1]))
         errors = []
         for start in range(0, factors.shape[1], chunk):
             codebooks = entries[:, None, :] * factors[:, start : start + chunk, None]
