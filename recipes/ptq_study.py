@@ -1,9 +1,11 @@
 """What each step of post-training quantisation is worth, on float checkpoints that `recipes/study.py` trained.
 
-    python recipes/ptq_study.py --models BN=outputs/study/bn OABN=outputs/study/oabn --dataset_name <CIFAR-10>
+    python recipes/ptq_study.py --models BN/0=outputs/study/bn OABN/0=outputs/study/oabn --dataset_name <CIFAR-10>
 
-Writes the figures to `--output_json` after each one, and goes on from there when started again; beside it the tables
-made from them, as Markdown. Needs no labels but for measuring: the calibration images come from the training split.
+A model's name is what it is, and the seed of its training: those that differ only there share a table of their means.
+With `--peers coremltools nncf` these libraries' methods are in it, on the same images. Writes the figures to
+`--output_json` after each one, and goes on from there when started again; beside it the tables made from them, as
+Markdown. Needs no labels but for measuring: the calibration images come from the training split.
 """
 
 import json
@@ -18,22 +20,25 @@ from arguments import parse_arguments
 from data import DataArguments, load_splits, with_pixel_values
 from evaluation import EvaluationArguments, evaluate_model
 from modeling import build_processor
+from peers import PeerMethod, peer_methods
 from repvgg_hf.analysis import bits_per_weight
 from results import write_json
 
-PLAIN = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
+PLAIN = {"error_compensation": False, "bias_correction": False, "tuning_steps": 0}
 CHANNEL = {"granularity": "per_channel"}
 # name: (options of quantize, whether they need calibration images)
 METHODS = {
     "uniform, tensor": ({"method": "uniform"}, False),
     "uniform, channel": ({"method": "uniform"} | CHANNEL, False),
     "uniform, channel, all steps": ({"method": "uniform"} | CHANNEL, True),
+    "k-means, tensor and scale": ({}, False),
     "k-means, channel": (CHANNEL, False),
-    "+ sensitivity": (CHANNEL | PLAIN | {"sensitivity": "second_moment"}, True),
-    "+ error compensation": (CHANNEL | {"bias_correction": False, "tuning_steps": 0}, True),
-    "+ bias correction": (CHANNEL | {"tuning_steps": 0}, True),
-    "+ tuning = all steps": (CHANNEL, True),
-    "all steps, tensor and scale": ({}, True),
+    "k-means, channel, by second moments": (CHANNEL | PLAIN | {"sensitivity": "second_moment"}, True),
+    "k-means, channel, by Fisher information": (CHANNEL | PLAIN | {"sensitivity": "fisher"}, True),
+    "k-means, channel, + error compensation": (CHANNEL | {"bias_correction": False, "tuning_steps": 0}, True),
+    "k-means, channel, + bias correction": (CHANNEL | {"tuning_steps": 0}, True),
+    "k-means, channel, + tuning = all steps": (CHANNEL, True),
+    "k-means, tensor and scale, all steps": ({}, True),
 }
 ACTIVATIONS = {"W4A8": {"bits": 4, "activation_bits": 8}, "W4A4": {"bits": 4, "activation_bits": 4}}
 TARGETS = (2.5, 3.2)  # bits a weight, mixed precision
@@ -43,9 +48,12 @@ TARGETS = (2.5, 3.2)  # bits a weight, mixed precision
 class PTQStudyArguments:
     """Which models to quantise, at which bits."""
 
-    models: list[str] = field(metadata={"help": "name=folder of each float checkpoint, such as BN=outputs/study/bn."})
+    models: list[str] = field(
+        metadata={"help": "name/seed=folder of each float checkpoint, such as BN/0=outputs/study/bn."}
+    )
     bits: list[int] = field(default_factory=lambda: [8, 6, 5, 4, 3, 2], metadata={"help": "Bits of a weight."})
     dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call the data in the tables."})
+    peers: list[str] = field(default_factory=list, metadata={"help": "Libraries to compare with: coremltools, nncf."})
     calibration_samples: int = field(default=512, metadata={"help": "Training images to calibrate on."})
     output_json: str = field(default="model_cards/ptq_study.json", metadata={"help": "Where the figures go."})
 
@@ -73,16 +81,49 @@ def settings(bits: list[int]) -> dict[str, tuple[dict, bool]]:
     return lines | {f"mixed|{target}": ({"target_bits_per_weight": target}, True) for target in TARGETS}
 
 
-def measure(folder: str, options: dict, images: torch.Tensor | None, evaluation_set, evaluation_args) -> dict:
-    """Quantise the checkpoint and evaluate it. Without options, the float model."""
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
+    """Evaluate the checkpoint after `quantize(model)`, which returns the model and its bits a weight."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval().reparameterize()
     start = time.perf_counter()
-    if options:
-        model.quantize(**options, **({} if images is None else {"calibration": images}))
+    model, size = quantize(model)
     seconds = time.perf_counter() - start
-    size = bits_per_weight(model) if options else 32.0
     figures, _ = evaluate_model(model, evaluation_set, evaluation_args)
-    return {"options": options, **figures, "bits_per_weight": size, "seconds": seconds}
+    return {**figures, "bits_per_weight": size, "seconds": seconds}
+
+
+def with_options(options: dict):
+    """Our quantisation with these `options`."""
+
+    def quantize(model):
+        model.quantize(**options)
+        return model, bits_per_weight(model)
+
+    return quantize
+
+
+def with_peer(peer: PeerMethod, bits: int, images: torch.Tensor):
+    """Another library's."""
+
+    def quantize(model):
+        weights = sum(module.weight.numel() for module in model.modules() if hasattr(module, "weight"))
+        quantized, stored = peer.quantize(model, bits, list(images.split(64)))
+        return quantized, 8 * stored / weights
+
+    return quantize
+
+
+def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, tuple]:
+    """(what quantises, what to note) of every line of the study, by its name."""
+    chosen = {"float": (lambda model: (model, 32.0), {})}
+    for name, (options, calibrated) in settings(study.bits).items():
+        calibration = {"calibration": images} if calibrated else {}
+        chosen[name] = with_options(options | calibration), {"options": options}
+    for library in study.peers:
+        for peer in peer_methods(library):
+            for bits in study.bits:
+                if bits in peer.bits and peer.activation_bits is None:
+                    chosen[f"{peer.label}|{bits}"] = with_peer(peer, bits, images), {"library": library}
+    return chosen
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -110,11 +151,10 @@ def main(arguments: list[str] | None = None) -> dict:
     record["images"] = len(evaluation_set)
     for name, folder in folders.items():
         results = record["models"].setdefault(name, {})
-        for line, (options, needs_images) in ({"float": ({}, False)} | settings(study.bits)).items():
+        for line, (quantize, notes) in lines(study, calibration_set.pixel_values).items():
             if line not in results:
-                images = calibration_set.pixel_values if needs_images else None
-                results[line] = measure(folder, options, images, evaluation_set, evaluation_args)
-                print(f"{name}, {line}: top-1 {results[line]['top1']:.2f}")
+                results[line] = notes | measure(folder, quantize, evaluation_set, evaluation_args)
+                print(f"{name}, {line}: top-1 {results[line]['top1']:.2f}", flush=True)
                 write_json(path, record)
     table = markdown(record)
     path.with_suffix(".md").write_text(table, encoding="utf-8")
@@ -122,32 +162,60 @@ def main(arguments: list[str] | None = None) -> dict:
     return record
 
 
+def by_kind(models: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
+    """The rows of all seeds for every line, `{kind: {line: rows}}`; a model's name is `kind/seed`."""
+    kinds = {}
+    for name, results in models.items():
+        lines = kinds.setdefault(name.split("/")[0], {})
+        for line, row in results.items():
+            lines.setdefault(line, []).append(row)
+    return kinds
+
+
 def markdown(record: dict) -> str:
-    """A table of top-1 for each model: methods against bits."""
-    lines = [
+    """For each kind of model a table of mean top-1: methods against bits."""
+    seeds = sorted({name.partition("/")[2] for name in record["models"]} - {""})
+    text = [
         f"Top-1 in percent on {record['images']:,} images of {record['dataset']}; calibrated on "
-        f"{record['calibration_samples']} training images without labels, seed {record['seed']}.",
+        f"{record['calibration_samples']} training images without labels, seed {record['seed']}. "
+        + (f"Means over float networks trained with the seeds {' and '.join(seeds)}." if seeds else "")
     ]
-    for name, results in record["models"].items():
-        bits = sorted({int(line.split("|")[1]) for line in results if line.split("|")[0] in METHODS}, reverse=True)
-        lines += [
-            "",
-            f"| {name}, float {results['float']['top1']:.2f} | " + " | ".join(f"{b} bit" for b in bits) + " |",
-        ]
-        lines.append("|---|" + "---|" * len(bits))
-        for method in METHODS:
-            cells = [results.get(f"{method}|{b}") for b in bits]
-            if any(cells):
-                figures = " | ".join("" if cell is None else f"{cell['top1']:.2f}" for cell in cells)
-                lines.append(f"| {method} | {figures} |")
-        others = {line: row for line, row in results.items() if "|" in line and line.split("|")[0] not in METHODS}
-        if others:
-            lines += ["", "| | bits per weight | top-1 |", "|---|---|---|"]
-        for line, row in others.items():
-            method, what = line.split("|")
-            title = what if method == what else f"mixed precision, target {what}"
-            lines.append(f"| {title} | {row['bits_per_weight']:.2f} | {row['top1']:.2f} |")
-    return "\n".join(lines) + "\n"
+    for kind, results in by_kind(record["models"]).items():
+        text += ["", *table_of_methods(kind, results), "", *table_of_others(results)]
+    return "\n".join(text).strip() + "\n"
+
+
+def mean(rows: list[dict], figure: str = "top1") -> float:
+    return sum(row[figure] for row in rows) / len(rows)
+
+
+def table_of_methods(kind: str, results: dict[str, list[dict]]) -> list[str]:
+    """Ours and other libraries' methods against bits."""
+    libraries = [line.split("|")[0] for line, rows in results.items() if "library" in rows[0]]
+    methods = [*METHODS, *dict.fromkeys(libraries)]
+    bits = sorted({int(line.split("|")[1]) for line in results if line.split("|")[0] in methods}, reverse=True)
+    text = [f"| {kind}, float {mean(results['float']):.2f} | " + " | ".join(f"{b} bit" for b in bits) + " |"]
+    text.append("|---|" + "---|" * len(bits))
+    for method in methods:
+        cells = [results.get(f"{method}|{b}") for b in bits]
+        if any(cells):
+            figures = " | ".join("" if cell is None else f"{mean(cell):.2f}" for cell in cells)
+            text.append(f"| {method} | {figures} |")
+    return text
+
+
+def table_of_others(results: dict[str, list[dict]]) -> list[str]:
+    """Activations and mixed precision."""
+    kinds = (*ACTIVATIONS, "mixed")
+    others = {line: rows for line, rows in results.items() if line.split("|")[0] in kinds}
+    if not others:
+        return []
+    text = ["| | bits per weight | top-1 |", "|---|---|---|"]
+    for line, rows in others.items():
+        method, what = line.split("|")
+        title = what if method == what else f"mixed precision, target {what}"
+        text.append(f"| {title} | {mean(rows, 'bits_per_weight'):.2f} | {mean(rows):.2f} |")
+    return text
 
 
 if __name__ == "__main__":

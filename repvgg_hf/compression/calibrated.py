@@ -13,6 +13,7 @@ from .activations import RangeObserver
 from .allocation import allocate_bits
 from .calibration import CalibrationData, block_chain, patches, quantizable
 from .error_compensation import compensated_weight
+from .input_quantize import InputFakeQuantize
 from .layers import quantize_layer
 from .sensitivity import diagonal_fisher, measure_costs, run
 from .tuning import tune_network
@@ -29,7 +30,8 @@ class CalibrationOptions:
     Args:
         calibration_batch_size: images a batch, if the data holds single examples.
         sensitivity: what a weight's error counts in clustering: `"none"` (all alike), `"second_moment"` of the input
-            that it multiplies, or `"fisher"`, the squared gradient of the loss (SqueezeLLM, arXiv 2306.07629).
+            that it multiplies, or `"fisher"`, the squared gradient of the loss (SqueezeLLM, arXiv 2306.07629). Error
+            compensation starts from there and makes up for it: of use mostly without that.
         error_compensation: choose codes and codebooks for the layer's output error (GPTQ with a codebook).
         bias_correction: move biases so that every layer's mean output is the float model's (arXiv 1906.04721).
         tuning_steps: steps of training on the float model's outputs at the end; 0 for none.
@@ -42,7 +44,7 @@ class CalibrationOptions:
     """
 
     calibration_batch_size: int = 64
-    sensitivity: str = "second_moment"
+    sensitivity: str = "none"
     error_compensation: bool = True
     bias_correction: bool = True
     tuning_steps: int = 200
@@ -210,12 +212,9 @@ def calibrate_layer(name, layer, float_layer, statistics, fisher, config, option
 
 
 def quantize_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
-    """Make `layer` compute with its input rounded to `bits`."""
-
-    def hook(module, args):
-        return (torch.fake_quantize_per_tensor_affine(args[0], scale, zero_point, 0, 2**bits - 1), *args[1:])
-
-    layer.register_forward_pre_hook(hook)
+    """Make `layer` compute with its input rounded to `bits`, as a `ClusterLayer` will."""
+    quantize = InputFakeQuantize(bits, scale, zero_point).requires_grad_(False).to(layer.weight.device)
+    layer.register_forward_pre_hook(lambda module, args: (quantize(args[0]), *args[1:]))
 
 
 def choose_bits(blocks, data: CalibrationData, config: ClusterConfig, target: float) -> ClusterConfig:

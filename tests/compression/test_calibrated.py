@@ -9,6 +9,7 @@ from torch import nn
 
 from repvgg_hf import ClusterConfig, ClusterConv2d, RepVGGBackbone, RepVGGForImageClassification
 from repvgg_hf.analysis import bits_per_weight
+from repvgg_hf.cluster_layers import fake_quantize
 from repvgg_hf.compression import calibrated, ptq
 from repvgg_hf.compression.calibrated import CalibrationOptions, stored_bits
 
@@ -142,6 +143,17 @@ def test_stored_bits_are_those_of_the_checkpoint(model, images):
         total = sum(stored_bits(name, torch.Size(layer.weight_shape), 3, config) for name, layer in layers)
         weights = sum(layer.weight_numel for _, layer in layers)
         assert total / weights == pytest.approx(bits_per_weight(quantized))
+
+
+def test_inputs_are_rounded_as_packed_layers_will_and_gradients_pass():
+    layer = nn.Linear(201, 201, bias=False)
+    nn.init.eye_(layer.weight)
+    calibrated.quantize_input(layer, scale=0.1, zero_point=3, bits=4)
+    x = torch.linspace(-2, 2, 201).requires_grad_()  # many are halves of the scale
+    output = layer(x)
+    assert torch.equal(output, fake_quantize(x, torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8), 4))
+    output.sum().backward()
+    assert torch.equal(x.grad, ((x > -0.35) & (x < 1.25)).float())
 
 
 def test_activations_of_8_bits_change_little_and_of_2_bits_a_lot(model, images):

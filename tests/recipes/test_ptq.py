@@ -42,7 +42,8 @@ def checkpoint(tmp_path_factory):
 def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path):
     output = run(
         "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 3, "--granularities", "per_channel",
-        *CALIBRATED, "--ablation", "True", "--target_bits_per_weight", 5.5, "--activation_range", "minmax",
+        *CALIBRATED, "--ablation", "True", "--sensitivity", "fisher", "--target_bits_per_weight", 5.5,
+        "--activation_range", "minmax",
     )  # fmt: skip
     record = json.loads((tmp_path / "ptq_results.json").read_text())
     assert record["calibration_samples"] == 48 and record["images"] == 40 and record["peers"] == []
@@ -51,7 +52,7 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path):
     assert list(rows) == ["float", plain, *(f"{plain}-{step}" for step in STEPS), "cluster-per_channel-w5.5-mixed"]
 
     off = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
-    on = {"sensitivity": "second_moment", "error_compensation": True, "bias_correction": True, "tuning_steps": 2}
+    on = {"sensitivity": "fisher", "error_compensation": True, "bias_correction": True, "tuning_steps": 2}
     assert rows["float"]["options"] is None and rows[plain]["options"] is None
     for count, step in enumerate(STEPS, 1):
         expected = off | {name: on[name] for name in STEPS[:count]} | {"activation_range": "minmax"}

@@ -30,15 +30,16 @@ def checkpoint(tmp_path):
 
 def test_it_goes_on_where_it_stopped(checkpoint, tmp_path):
     figures = tmp_path / "study.json"
-    options = ["--models", f"tiny={checkpoint}", "--image_size", 8, "--bits", 3, "--max_eval_samples", 32]
+    options = ["--models", f"tiny/7={checkpoint}", "--image_size", 8, "--bits", 3, "--max_eval_samples", 32]
     options += ["--calibration_samples", 32, "--output_json", figures, "--dataset_title", "Digits"]
     done = run("ptq_study.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(figures.read_text())
-    results = record["models"]["tiny"]
+    results = record["models"]["tiny/7"]
     assert record["images"] == 32 and "k-means, channel|3" in results and "W4A8|W4A8" in results
     assert results["mixed|3.2"]["bits_per_weight"] <= 3.2
     table = figures.with_suffix(".md").read_text()
+    assert "| tiny, float" in table and "trained with the seeds 7." in table
     for line, row in results.items():
         assert f"{row['top1']:.2f}" in table and line.split("|")[0].replace("mixed", "mixed precision") in table
     assert str(tmp_path) not in figures.read_text() + table
@@ -47,8 +48,20 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path):
     results["k-means, channel|3"]["top1"] = 12.34  # what is there is kept
     figures.write_text(json.dumps(record))
     assert run("ptq_study.py", *options).returncode == 0
-    again = json.loads(figures.read_text())["models"]["tiny"]
+    again = json.loads(figures.read_text())["models"]["tiny/7"]
     assert again["k-means, channel|3"]["top1"] == 12.34 and "W4A8|W4A8" in again
+
+
+def test_seeds_share_a_table_of_means():
+    rows = {"float": {"top1": 80.0}, "k-means, channel|4": {"top1": 70.0}, "theirs|4": {"top1": 60.0, "library": "x"}}
+    other = {line: row | {"top1": row["top1"] + 3} for line, row in rows.items()}
+    record = {"images": 1, "dataset": "D", "calibration_samples": 2, "seed": 0, "models": {"BN/0": rows, "BN/1": other}}
+    script = "import json, sys, ptq_study; print(ptq_study.markdown(json.loads(sys.argv[1])))"
+    table = run("-c", script, json.dumps(record)).stdout
+    assert "trained with the seeds 0 and 1." in table
+    assert table.rstrip().splitlines()[2:] == [
+        "| BN, float 81.50 | 4 bit |", "|---|---|", "| k-means, channel | 71.50 |", "| theirs | 61.50 |",
+    ]  # fmt: skip
 
 
 def test_committed_tables_are_made_from_the_committed_json():
