@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..analysis import checkpoint_bytes
+from ..weight_files import weight_files, weights_checksum
 from .card import ModelCard, check_repo_id, write_text
 from .drawing import draw_figures
 from .results import Results
@@ -43,6 +44,8 @@ def write_folder(
         model.save_pretrained(target)
         processor.save_pretrained(target)
         config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+        if "quantization_config" not in config:  # which has a checksum of its own
+            config["weights_checksum"] = weights_checksum(weight_files(target))
         write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         for path in runtime_files():
             shutil.copyfile(path, target / path.name)
