@@ -1,14 +1,16 @@
 """Put models on the Hub: one folder, one commit, nothing half-done."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from .card import check_repo_id
 from .folder import complete_folder, write_folder
 from .results import Results
-from .upload import Published, upload
+from .upload import Published, repeat, upload
 
 
 def publish(
@@ -141,7 +143,14 @@ def check_dry_run(dry_run: bool, folder: str | Path | None) -> None:
 
 def collect(title: str, repos: list[str], private: bool, token: str | bool | None) -> None:
     """Put repositories of one namespace into a collection, which is created if there is none of this title."""
-    api = HfApi(token=token)
-    slug = api.create_collection(title, namespace=repos[0].split("/")[0], private=private, exists_ok=True).slug
-    for repo in dict.fromkeys(repos):
-        api.add_collection_item(slug, repo, "model", exists_ok=True)
+    api, namespace = HfApi(token=token), repos[0].split("/")[0]
+    try:
+        collection = repeat(lambda: api.create_collection(title, namespace=namespace, private=private, exists_ok=True))
+        for repo in dict.fromkeys(repos):
+            repeat(partial(api.add_collection_item, collection.slug, repo, "model", exists_ok=True))
+    except HTTPError as error:
+        note = f"The models are published, the collection {title!r} is not complete: publish again to complete it."
+        if isinstance(error, HfHubHTTPError):
+            error.append_to_message("\n" + note)
+            raise
+        raise ConnectionError(f"{note} ({type(error).__name__}: {error})") from error

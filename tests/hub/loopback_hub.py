@@ -192,13 +192,14 @@ class Handler(BaseHTTPRequestHandler):
         return repo, commit
 
     def require_write_token(self):
+        if self.token is None:
+            raise Refusal(401, "Invalid username or password.")
         if self.token != WRITE_TOKEN:
             raise Refusal(403, "you don't have the rights to write to this repo")
 
     @route("GET", "/api/whoami-v2")
     def whoami(self):
-        if self.token is None:
-            return 401, {"error": "Invalid username or password."}
+        self.require_write_token()
         return 200, {"type": "user", "name": "org", "auth": {"accessToken": {"role": "write"}}, "orgs": []}
 
     @route("POST", "/api/repos/create")

@@ -221,6 +221,35 @@ def test_no_write_permission_on_an_existing_repo(hub, push):
     assert is_untouched(hub)
 
 
+def test_no_token_at_all(hub, push):
+    with pytest.raises(HfHubHTTPError, match="main is as it was. The token is missing.*hf auth login"):
+        push(token=False)
+    assert is_untouched(hub)
+
+
+@pytest.mark.parametrize("action, times", [(500, 1), ("reset", 1)])
+def test_collection_survives_passing_faults(hub, push_family, action, times):
+    for path in ("/api/collections$", "/items$"):
+        hub.fail("POST", path, action, times)
+    push_family(collection="Tiny")
+    assert not any(fault.times for fault in hub.faults), "a fault did not happen"
+    (collection,) = hub.collections.values()
+    assert [item["id"] for item in collection["items"]] == [f"{REPO}-float", f"{REPO}-w4"]
+
+
+@pytest.mark.parametrize("action", [500, "reset"])
+def test_collection_is_completed_the_next_time(hub, push_family, action):
+    hub.fail("POST", "/items$", action, times=1000)
+    with pytest.raises((HfHubHTTPError, ConnectionError), match="are published, the collection 'Tiny' is not"):
+        push_family(collection="Tiny")
+    assert is_whole(hub.files(f"{REPO}-w4"))
+    hub.faults.clear()
+    where = push_family(collection="Tiny")
+    assert not any(place.changed for place in where.values())
+    (collection,) = hub.collections.values()
+    assert len(collection["items"]) == 2
+
+
 @pytest.mark.parametrize("files", [{"data.csv": b"1,2"}, {"config.json": b'{"model_type": "bert"}'}])
 def test_other_content_is_refused(hub, push, files):
     hub.put(REPO, files)
