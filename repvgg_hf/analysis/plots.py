@@ -72,7 +72,7 @@ def plot_accuracy(
         for index, (label, points) in enumerate(sorted(lines.items(), key=lambda line: -line[1][0][1])):
             style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
             style["linestyle"] = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
-            axes.plot(*zip(*points), label=label, gid=f"line-{index}", zorder=3, **style)
+            axes.plot(*zip(*points), label=_plain(label), gid=f"line-{index}", zorder=3, **style)
         axes.set(xlabel=x_label, ylabel="top-1 (%)", title=title)
         if lowest is not None:
             axes.set_ylim(lowest, highest + 0.05 * (highest - lowest))
@@ -151,7 +151,7 @@ def plot_kernel_histogram(
             counts = [0] * before + histogram["counts"]
             counts += [0] * (last - first - len(counts))
             style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
-            label = f"{name}, largest {histogram['largest']:.0f}"
+            label = _plain(f"{name}, largest {histogram['largest']:.0f}")
             axes.stairs(counts, edges.tolist(), baseline=None, label=label, gid=f"line-{index}", **style)
         normal = torch.special.ndtr(edges).diff() * sum(next(iter(histograms.values()))["counts"])
         axes.stairs(
@@ -162,6 +162,11 @@ def plot_kernel_histogram(
         axes.set_ylim(bottom=0.5)  # a single entry is seen
         _add_legend(figure, axes)
         _save(figure, path, formats)
+
+
+def _plain(label: str) -> str:
+    """A label that is shown as it is: no formula between dollars, and not hidden for its first character."""
+    return label.lstrip("_").replace("$", r"\$")
 
 
 def _add_legend(figure, axes) -> None:
