@@ -5,7 +5,8 @@
     python recipes/publish.py --repo_id me/repvgg-digits --as_revisions --collection "RepVGG on digits" \\
         --models float=outputs/ptq/float w4=outputs/ptq/cluster-per_tensor+scale-w4 --ptq_json ...
 
-`--dry_run --output_dir FOLDER` writes the files there and stops. Log in first with `hf auth login`.
+`--dry_run --output_dir FOLDER` writes the files there (of a family in `FOLDER/<name>`) and stops. Log in first with
+`hf auth login`. Figures need matplotlib; `--draw_plots False` leaves them out.
 """
 
 import shlex
@@ -17,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from arguments import parse_arguments
 from repvgg_hf.hub import Results, publish, publish_family
-from repvgg_hf.hub.branch_kernels import dense_branch_report
+from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
 from repvgg_hf.hub.recipe_figures import benchmark_latency, merge_models, ptq_models, qat_models
 from repvgg_hf.hub.results import read_json
 
@@ -36,7 +37,10 @@ class PublishArguments:
     qat_json: list[str] = field(default_factory=list, metadata={"help": "qat_results.json files."})
     benchmark_json: list[str] = field(default_factory=list, metadata={"help": "Files of benchmark.py inference."})
     train_checkpoint: str | None = field(
-        default=None, metadata={"help": "The checkpoint with branches: outlier figures before fusing."}
+        default=None, metadata={"help": "The checkpoint with branches: outlier figures and histogram before fusing."}
+    )
+    plain_checkpoint: str | None = field(
+        default=None, metadata={"help": "One trained likewise with --oabn False, for the same histogram."}
     )
     dataset_title: str | None = field(default=None, metadata={"help": "What to call the dataset on the card."})
     dataset_split: str = field(default="held out", metadata={"help": "The part that was evaluated."})
@@ -46,7 +50,10 @@ class PublishArguments:
     commands: list[str] = field(
         default_factory=list, metadata={"help": "Further commands to show, such as train.py's."}
     )
-    plots: list[str] = field(default_factory=list, metadata={"help": "Images for the card, as <caption>=<file>."})
+    plots: list[str] = field(default_factory=list, metadata={"help": "More images for the card, <caption>=<file>."})
+    draw_plots: bool = field(
+        default=True, metadata={"help": "Draw accuracy against bytes and the kernels' histogram; needs matplotlib."}
+    )
     license: str = field(default="apache-2.0", metadata={"help": "Of the weights, as the Hub spells it."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to publish to."})
@@ -57,7 +64,7 @@ class PublishArguments:
     collection: str | None = field(default=None, metadata={"help": "Collection to put the family into."})
     commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
     output_dir: str | None = field(default=None, metadata={"help": "New folder to keep the files in."})
-    dry_run: bool = field(default=False, metadata={"help": "Write --output_dir and stop."})
+    dry_run: bool = field(default=False, metadata={"help": "Write --output_dir, upload nothing."})
     card_json: str | None = field(
         default=None, metadata={"help": "Copy the card there, as .json and .md; needs --output_dir."}
     )
@@ -73,9 +80,15 @@ def gather_results(args: PublishArguments) -> Results | None:
     if args.dataset_title is None:
         raise ValueError("Give --dataset_title, the name of the dataset that the figures were measured on.")
     rows = [row for record in ptq for row in ptq_models(record)] + [row for record in qat for row in qat_models(record)]
-    kernels = []
+    kernels, histograms = [], []
     if args.train_checkpoint is not None:
-        kernels = dense_branch_report(AutoModelForImageClassification.from_pretrained(args.train_checkpoint))
+        trained = AutoModelForImageClassification.from_pretrained(args.train_checkpoint)
+        kernels, histograms = dense_branch_report(trained), branch_histograms(trained)
+    if args.plain_checkpoint is not None:
+        plain = AutoModelForImageClassification.from_pretrained(args.plain_checkpoint)
+        if plain.config.oabn:
+            raise ValueError(f"--plain_checkpoint {args.plain_checkpoint} has OABN: train one with --oabn False.")
+        histograms += branch_histograms(plain, before=False)
     return Results.from_dict(
         {
             "dataset": {
@@ -89,6 +102,7 @@ def gather_results(args: PublishArguments) -> Results | None:
             "commands": args.commands + [shown(record["command"]) for record in ptq + qat],
             "kernels_before": kernels,
             "kernels_after": ptq[0].get("float_kernels", []) if ptq else [],
+            "histograms": histograms,
             "latency": [row for path in args.benchmark_json for row in benchmark_latency(read_json(path))],
         }
     )
@@ -97,6 +111,15 @@ def gather_results(args: PublishArguments) -> Results | None:
 def shown(command: list[str]) -> str:
     """A recipe's command line as others may see it: of a folder on this machine only the name."""
     return shlex.join(["python", *(Path(part).name if Path(part).is_absolute() else part for part in command)])
+
+
+def copy_card(folder: Path, card_json: Path) -> None:
+    """Copy what the card is made of, the card, and the images it shows, which stay below it in `plots/`."""
+    card_json.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, name in ((".json", "card.json"), (".md", "README.md")):
+        shutil.copyfile(folder / name, card_json.with_suffix(suffix))
+    if (folder / "plots").exists():
+        shutil.copytree(folder / "plots", card_json.parent / "plots", dirs_exist_ok=True)
 
 
 def pairs(entries: list[str], option: str) -> dict[str, str]:
@@ -117,21 +140,26 @@ def main(arguments: list[str] | None = None) -> None:
     options = {
         "processor": AutoImageProcessor.from_pretrained(next(iter(folders.values()))),
         "plots": pairs(args.plots, "plots"),
+        "draw_plots": args.draw_plots,
         "license": args.license,
         "private": args.private or None,
         "overwrite": args.overwrite,
         "commit_message": args.commit_message,
+        "folder": args.output_dir,
+        "dry_run": args.dry_run,
     }
     if len(models) > 1:
-        if args.dry_run or args.output_dir or args.card_json or args.revision or args.tag or args.create_pr:
+        if args.card_json or args.published or args.revision or args.tag or args.create_pr:
             raise ValueError(
-                "A family takes none of --dry_run, --output_dir, --card_json, --revision, --tag and --create_pr: "
-                "publish its models one by one for these."
+                "A family takes none of --card_json, --published, --revision, --tag and --create_pr: publish its "
+                "models one by one for these."
             )
         where = publish_family(
             models, args.repo_id, results, as_revisions=args.as_revisions, collection=args.collection, **options
         )
-        for name, place in where.items():
+        if where is None:
+            print(f"Written to {args.output_dir}.")
+        for name, place in (where or {}).items():
             print(f"{name}: {place.repo_id} at {place.revision}, {'new' if place.changed else 'no change'}")
         return
     place = publish(
@@ -142,13 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
         revision=args.revision,
         tag=args.tag,
         create_pr=args.create_pr,
-        folder=args.output_dir,
-        dry_run=args.dry_run,
         **options,
     )
     if args.card_json is not None:
-        for suffix, name in ((".json", "card.json"), (".md", "README.md")):
-            shutil.copyfile(Path(args.output_dir) / name, Path(args.card_json).with_suffix(suffix))
+        copy_card(Path(args.output_dir), Path(args.card_json))
     print(
         f"Written to {args.output_dir}." if place is None else f"{place.repo_id}: {place.pull_request or place.commit}"
     )

@@ -69,6 +69,9 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
             Build the model fused, one convolution a layer. `model.reparameterize()` sets it.
         classifier_dropout (`float`, defaults to 0.0):
             Dropout before the classifier.
+        weights_checksum (`str`, *optional*):
+            Of the float weights beside a published `config.json`, to find damage: `from_pretrained` refuses others. A
+            quantised model has one in its `quantization_config`. `save_pretrained` leaves it out.
 
     Example:
     ```python
@@ -98,6 +101,7 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
     oabn_threshold: float | int = 6.0
     deploy: bool = False
     classifier_dropout: float | int = 0.0
+    weights_checksum: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

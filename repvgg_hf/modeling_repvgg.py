@@ -27,6 +27,7 @@ from .cluster_layers import check_layers, decode_layers, dequantize_layers, repl
 from .configuration_repvgg import RepVGGConfig
 from .quantization_cluster import ClusterConfig
 from .reparameterization import ReparamConv2d, checkpoint_once, fused_convolutions
+from .weight_files import check_published_weights, unreadable_weights
 
 logger = logging.get_logger(__name__)
 
@@ -237,11 +238,9 @@ class RepVGGPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
-            raise ValueError(
-                f"The weights of {pretrained_model_name_or_path} can't be read ({error}): a file is truncated or "
-                "damaged. Download or save it again."
-            ) from error
+            raise ValueError(unreadable_weights(pretrained_model_name_or_path, error, kwargs)) from error
         check_checkpoint_form(info["missing_keys"], info["unexpected_keys"], model.config.deploy)
+        check_published_weights(pretrained_model_name_or_path, model.config, kwargs)
         for name, module in model.named_modules():
             if isinstance(module, ReparamConv2d) and any(parameter.is_meta for parameter in module.parameters()):
                 raise ValueError(
@@ -272,6 +271,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         target.mkdir(parents=True, exist_ok=True)
         if push_to_hub:
             kwargs.setdefault("repo_id", target.name)
+        self.config.weights_checksum = None  # that of the files it was loaded from
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
             super().save_pretrained(folder, *args, push_to_hub=push_to_hub, **kwargs)
             replace_files(Path(folder), target)

@@ -14,7 +14,7 @@ import repvgg_hf
 ROOT = Path(repvgg_hf.__file__).parent
 CORE = [
     "checkpoints", "cluster_layers", "configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster",
-    "reparameterization",
+    "reparameterization", "weight_files",
 ]  # fmt: skip
 # parts of the package, and what each may import besides the core and itself
 PARTS = {"compression": [], "interop": [], "analysis": [], "hub": ["analysis"]}

@@ -21,7 +21,7 @@ from repvgg_hf.cluster_layers import cluster_layers
 # the files of the runtime core, which a Hub repository gets for trust_remote_code
 CORE = [
     "checkpoints", "cluster_layers", "configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster",
-    "reparameterization",
+    "reparameterization", "weight_files",
 ]  # fmt: skip
 AUTO_MAP = {
     "AutoConfig": "configuration_repvgg.RepVGGConfig",

@@ -1,7 +1,11 @@
 """How heavy the tails of a model's kernels are, which decides how many bits they need."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
+
+BIN_WIDTH = 0.5  # standard deviations
 
 
 @torch.no_grad()
@@ -30,3 +34,34 @@ def tail_figures(weight: torch.Tensor) -> dict:
         "max_over_std": (weight.abs().max() / variance.sqrt()).item(),
         "kurtosis": (centred.pow(4).mean() / variance.square()).item(),
     }
+
+
+def kernel_histogram(tensors: torch.Tensor | Iterable[torch.Tensor], name: str = "kernels") -> dict:
+    """How the entries of a kernel, or of several together, are distributed, in standard deviations of their kernel.
+
+    Each tensor is centred and divided by its standard deviation, since codebooks and ranges are chosen for each. Bin
+    `i` of `counts` begins at `(first + i) * bin_width`; `largest` is the largest magnitude. Raises `ValueError` with
+    `name` for no, constant or non-finite entries.
+    """
+    values = _standardized(name, tensors)
+    bins = (values / BIN_WIDTH).floor().long()
+    first = bins.min().item()
+    counts = torch.bincount(bins - first).tolist()
+    return {"first": first, "bin_width": BIN_WIDTH, "counts": counts, "largest": values.abs().max().item()}
+
+
+def _standardized(name: str, tensors: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
+    """All entries, float64, each tensor centred and divided by its standard deviation."""
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    parts = []
+    for index, tensor in enumerate(tensors):
+        values = tensor.detach().double().cpu().flatten()
+        if not values.numel() or not values.isfinite().all() or values.min() == values.max():
+            raise ValueError(
+                f"Kernel {index} of {name!r} has no entries, NaN or infinite ones, or all the same: it has no "
+                "distribution. Leave it out."
+            )
+        parts.append((values - values.mean()) / values.std(correction=0))
+    if not parts:
+        raise ValueError(f"kernels[{name!r}] is empty: give a kernel or a list of them.")
+    return torch.cat(parts)

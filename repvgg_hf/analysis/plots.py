@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from .kernels import kernel_histogram
+
 # Okabe and Ito's colours, told apart by colour-blind readers, without the yellow that vanishes on paper
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)))  # the next one each time that the colours are used up
+LINE_STYLES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)))  # the next one each time that the colours are used up
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,7 +27,7 @@ STYLE = {
     "svg.hashsalt": "repvgg_hf",  # ids, and so the file, are the same each time
 }
 X_AXES = {"bits": ("bits_per_weight", "stored bits per weight"), "bytes": ("bytes", "checkpoint size")}
-BIN_WIDTH = 0.5  # standard deviations
+FORMATS = ("png", "svg")
 
 
 def plot_accuracy(
@@ -34,6 +36,7 @@ def plot_accuracy(
     x: str = "bits",
     lowest: float | None = None,
     title: str | None = None,
+    formats: Sequence[str] = FORMATS,
 ) -> None:
     """Draw top-1 accuracy against size as `<path>.png` and `<path>.svg`, one line for each method.
 
@@ -43,6 +46,7 @@ def plot_accuracy(
         path: of the files, without their suffix. The same results give the same bytes.
         x: `"bits"` stored for each weight, or `"bytes"` of the checkpoint on a logarithmic axis.
         lowest: where the axis of top-1 begins, in percent, to see the best from nearer; else it shows everything.
+        formats: which of the files to write.
 
     Raises `ValueError` naming the argument or row for bad input, `ImportError` without matplotlib.
     """
@@ -68,7 +72,7 @@ def plot_accuracy(
         for index, (label, points) in enumerate(sorted(lines.items(), key=lambda line: -line[1][0][1])):
             style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
             style["linestyle"] = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
-            axes.plot(*zip(*points), label=label, gid=f"line-{index}", zorder=3, **style)
+            axes.plot(*zip(*points), label=_plain(label), gid=f"line-{index}", zorder=3, **style)
         axes.set(xlabel=x_label, ylabel="top-1 (%)", title=title)
         if lowest is not None:
             axes.set_ylim(lowest, highest + 0.05 * (highest - lowest))
@@ -76,8 +80,8 @@ def plot_accuracy(
             _byte_axis(matplotlib, axes)
         else:
             axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
-        figure.legend(loc="outside right upper", frameon=False, handlelength=3)
-        _save(figure, path)
+        _add_legend(figure, axes)
+        _save(figure, path, formats)
 
 
 def _lines(results: Sequence[Mapping], key: str) -> dict[str, list[tuple[float, float]]]:
@@ -110,14 +114,18 @@ def _byte_text(size: float) -> str:
 
 
 def plot_kernel_histogram(
-    kernels: Mapping[str, torch.Tensor | Iterable[torch.Tensor]], path: str | Path, title: str | None = None
+    kernels: Mapping[str, torch.Tensor | Iterable[torch.Tensor] | Mapping],
+    path: str | Path,
+    title: str | None = None,
+    formats: Sequence[str] = FORMATS,
 ) -> None:
     """Draw how the entries of some kernels are distributed as `<path>.png` and `<path>.svg`, on a logarithmic axis.
 
     Args:
-        kernels: by name, such as `"BN"` and `"OABN"`, a kernel or several of any shape. Each is centred and divided by
-            its standard deviation, since codebooks and ranges are chosen for each; then they are counted together.
+        kernels: by name, such as `"BN"` and `"OABN"`, a kernel or several of any shape, which
+            [`~repvgg_hf.analysis.kernel_histogram`] counts, or what it returned.
         path: of the files, without their suffix.
+        formats: which of the files to write.
 
     A normal distribution of as many entries as the first name has is drawn for comparison. Raises `ValueError` naming
     the kernels for no or constant or non-finite entries, `ImportError` without matplotlib.
@@ -125,45 +133,47 @@ def plot_kernel_histogram(
     matplotlib = import_matplotlib()
     if not kernels:
         raise ValueError("kernels is empty: give a kernel or a list of them for each name.")
-    entries = {name: _standardized(name, tensors) for name, tensors in kernels.items()}
-    first = math.floor(min(values.min().item() for values in entries.values()) / BIN_WIDTH)
-    last = math.floor(max(values.max().item() for values in entries.values()) / BIN_WIDTH) + 1
-    edges = BIN_WIDTH * torch.arange(first, last + 1, dtype=torch.float64)
+    histograms = {
+        name: entry if isinstance(entry, Mapping) else kernel_histogram(entry, name) for name, entry in kernels.items()
+    }
+    widths = {histogram["bin_width"] for histogram in histograms.values()}
+    if len(widths) > 1:
+        raise ValueError(f"The histograms have bins of different widths ({widths}): count all of them anew.")
+    first = min(histogram["first"] for histogram in histograms.values())
+    last = max(histogram["first"] + len(histogram["counts"]) for histogram in histograms.values())
+    edges = widths.pop() * torch.arange(first, last + 1, dtype=torch.float64)
 
     with matplotlib.style.context(["default", STYLE]):
         figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
         axes = figure.subplots()
-        for index, (name, values) in enumerate(entries.items()):
-            counts = torch.histc(values, last - first, edges[0].item(), edges[-1].item())
+        for index, (name, histogram) in enumerate(histograms.items()):
+            before = histogram["first"] - first
+            counts = [0] * before + histogram["counts"]
+            counts += [0] * (last - first - len(counts))
             style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
-            label = f"{name}, largest {values.abs().max():.0f}"
-            axes.stairs(counts.tolist(), edges.tolist(), baseline=None, label=label, gid=f"line-{index}", **style)
-        normal = torch.special.ndtr(edges).diff() * len(next(iter(entries.values())))
+            label = _plain(f"{name}, largest {histogram['largest']:.0f}")
+            axes.stairs(counts, edges.tolist(), baseline=None, label=label, gid=f"line-{index}", **style)
+        normal = torch.special.ndtr(edges).diff() * sum(next(iter(histograms.values()))["counts"])
         axes.stairs(
             normal.tolist(), edges.tolist(), baseline=None, color="#999999", linestyle=":", label="normal distribution"
         )
         axes.set(xlabel="entry in standard deviations of its kernel", ylabel="entries", title=title)
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.5)  # a single entry is seen
-        figure.legend(loc="outside right upper", frameon=False, handlelength=3)
-        _save(figure, path)
+        _add_legend(figure, axes)
+        _save(figure, path, formats)
 
 
-def _standardized(name: str, tensors: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-    """All entries, float64, each tensor centred and divided by its standard deviation."""
-    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-    parts = []
-    for index, tensor in enumerate(tensors):
-        values = tensor.detach().double().cpu().flatten()
-        if not values.numel() or not values.isfinite().all() or values.min() == values.max():
-            raise ValueError(
-                f"Kernel {index} of {name!r} has no entries, NaN or infinite ones, or all the same: it has no "
-                "distribution. Leave it out."
-            )
-        parts.append((values - values.mean()) / values.std(correction=0))
-    if not parts:
-        raise ValueError(f"kernels[{name!r}] is empty: give a kernel or a list of them.")
-    return torch.cat(parts)
+def _plain(label: str) -> str:
+    """A label that is shown as it is: no formula between dollars, and not hidden for its first character."""
+    return label.lstrip("_").replace("$", r"\$")
+
+
+def _add_legend(figure, axes) -> None:
+    """Below the axes, which keep the whole width, or beside them if there are many lines."""
+    few = len(axes.get_legend_handles_labels()[1]) <= 6
+    place = {"loc": "outside lower center", "ncols": 2} if few else {"loc": "outside right upper"}
+    figure.legend(frameon=False, handlelength=3, **place)
 
 
 def import_matplotlib():
@@ -178,15 +188,18 @@ def import_matplotlib():
     return matplotlib
 
 
-def _save(figure, path: str | Path) -> None:
-    """Write both files, through temporary ones, and without what would differ from day to day."""
+def _save(figure, path: str | Path, formats: Sequence[str]) -> None:
+    """Write the files, through temporary ones, and without what would differ from day to day."""
     path = Path(path)
     if path.suffix.lower() in (".png", ".svg"):
-        raise ValueError(f"path is {str(path)!r}: leave out the suffix, both .png and .svg are written.")
+        raise ValueError(f"path is {str(path)!r}: leave out the suffix, formats={list(formats)} are written.")
+    if unknown := set(formats) - set(FORMATS):
+        raise ValueError(f"formats may be {', '.join(FORMATS)}, got {', '.join(map(repr, unknown))}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    for name in formats:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix[1:], dpi=200, metadata=metadata)
-        temporary = path.with_name(f"{path.name}{suffix}.tmp")
+        figure.savefig(buffer, format=name, dpi=200, metadata=metadata[name])
+        temporary = path.with_name(f"{path.name}.{name}.tmp")
         temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path.with_name(path.name + suffix))
+        os.replace(temporary, path.with_name(f"{path.name}.{name}"))

@@ -4,12 +4,13 @@ from .card import ModelCard
 from .complexity import Complexity, measure_complexity
 from .folder import write_folder
 from .publishing import publish, publish_family
-from .results import DatasetInfo, KernelResult, LatencyResult, ModelResult, Results
+from .results import DatasetInfo, HistogramResult, KernelResult, LatencyResult, ModelResult, Results
 from .upload import Published
 
 __all__ = [
     "Complexity",
     "DatasetInfo",
+    "HistogramResult",
     "KernelResult",
     "LatencyResult",
     "ModelCard",

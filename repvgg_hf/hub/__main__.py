@@ -1,14 +1,22 @@
-"""Write model cards again from the JSON they were made from.
+"""Make model cards and their figures again from the JSON they were made from.
 
-python -m repvgg_hf.hub model_cards/repvgg-*.json      # writes a .md beside each .json
+python -m repvgg_hf.hub model_cards/repvgg-*.json      # writes a .md beside each .json, and its figures into plots/
+
+Figures need matplotlib; with --text_only they stay as they are.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from .card import ModelCard, write_text
+from .drawing import draw_figures
 
-if len(sys.argv) == 1:
-    raise SystemExit(__doc__)
-for path in map(Path, sys.argv[1:]):
-    write_text(path.with_suffix(".md"), str(ModelCard.from_json(path)))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("cards", nargs="+", type=Path, help="JSON files, as write_folder writes card.json")
+parser.add_argument("--text_only", action="store_true", help="don't draw the figures")
+args = parser.parse_args()
+for path in args.cards:
+    card = ModelCard.from_json(path)
+    if not args.text_only:
+        draw_figures(card.results, card.repo_id, path.parent, only=card.plots or {})
+    write_text(path.with_suffix(".md"), str(card))

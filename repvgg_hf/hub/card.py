@@ -1,6 +1,6 @@
 """The model card, made from measured figures alone.
 
-python -m repvgg_hf.hub.card model_cards/*.json      # writes each card again, as .md beside its .json
+python -m repvgg_hf.hub model_cards/repvgg-*.json      # makes each card again, as .md beside its .json
 """
 
 import json
@@ -15,10 +15,12 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from ..configuration_repvgg import RepVGGConfig
 from ..quantization_cluster import ClusterConfig
 from .complexity import measure_complexity
+from .drawing import figure_paths
 from .results import ModelResult, Results, build, check, read_json
 from .tables import (
     cell,
     code_block,
+    file_size,
     folded,
     kernels_table,
     latency_table,
@@ -41,6 +43,8 @@ CITATION = """@article{niu2024outlier,
   year      = {2021}
 }"""
 
+MADE_ALIKE = ("method", "granularity", "training", "activation_bits")  # what models share that differ in bits alone
+
 
 @dataclass
 class ModelCard:
@@ -53,7 +57,7 @@ class ModelCard:
         results: what was measured, if anything was.
         published: name among `results.models` of the published model.
         revision: branch or tag that holds it, if not `main`.
-        plots: caption by path in the repository.
+        plots: caption by path in the repository, of the figures drawn from `results` and of others.
         license: of the weights, as the Hub spells it.
 
     Raises `ValueError` naming the field for a bad value.
@@ -110,7 +114,9 @@ class ModelCard:
         kind = "k-means codebooks" if quantization.method == "cluster" else "evenly spaced codebooks"
         granularity = quantization.granularity.replace("_", " ")
         scale = " and a scale for each output channel" if quantization.channel_scale else ""
-        return f"{quantization.bits}-bit weights ({kind} {granularity}{scale})"
+        weights = f"{quantization.bits}-bit weights ({kind} {granularity}{scale})"
+        activations = quantization.activation_bits
+        return weights if activations is None else f"{weights} and {activations}-bit activations"
 
     def introduction(self) -> str:
         config = self.model_config
@@ -134,7 +140,7 @@ class ModelCard:
             lines += [
                 "",
                 f"**Top-1 {top1:.2f} %** on {cell(dataset.name)}, {cell(dataset.split)} ({rows[0].images:,} images), "
-                f"**{rows[0].bytes / 1e6:.3g} MB** of weights.",
+                f"**{file_size(rows[0].bytes)}** of weights.",
             ]
         return "\n".join(lines)
 
@@ -142,7 +148,8 @@ class ModelCard:
         revision = f', revision="{self.revision}"' if self.revision else ""
         code = (
             "from transformers import pipeline\n\n"
-            f'classifier = pipeline("image-classification", "{self.repo_id}"{revision}, trust_remote_code=True)\n'
+            f'name = "{self.repo_id}"\n'
+            f'classifier = pipeline("image-classification", name{revision}, trust_remote_code=True)\n'
             'print(classifier("image.png"))'
         )
         return (
@@ -170,8 +177,9 @@ class ModelCard:
         parts = [f"## Results\n\nOn {dataset}; accuracy in percent. The published weights are in bold."]
         parts.append(models_table(results.models, self.published))
         parts.append(methods_table(results.models))
-        parts += [f"![{cell(caption)}]({path})" for path, caption in (self.plots or {}).items()]
-        parts.append(kernels_table(results.kernels_before, results.kernels_after))
+        plots = {path: f"![{cell(text)}]({path})\n\n*{cell(text)}*" for path, text in (self.plots or {}).items()}
+        about_kernels = plots.pop(figure_paths(results, self.repo_id).get("kernels"), "")
+        parts += [*plots.values(), kernels_table(results.kernels_before, results.kernels_after), about_kernels]
         parts.append(latency_table(results.latency))
         return "\n\n".join(part for part in parts if part)
 
@@ -231,8 +239,7 @@ class ModelCard:
         kin = [
             result.model
             for result in self.results.models
-            if result.method == "float"
-            or (result.method, result.granularity, result.training) == (own.method, own.granularity, own.training)
+            if result.method == "float" or all(getattr(result, key) == getattr(own, key) for key in MADE_ALIKE)
         ]
         names = dict.fromkeys([self.published, *kin])
         entries = []

@@ -5,10 +5,14 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..analysis import checkpoint_bytes
+from ..weight_files import weight_files, weights_checksum
 from .card import ModelCard, check_repo_id, write_text
+from .drawing import draw_figures
 from .results import Results
 from .runtime_files import AUTO_MAP, runtime_files
 
@@ -23,32 +27,31 @@ def write_folder(
     published: str | None = None,
     revision: str | None = None,
     plots: dict[str, str | Path] | None = None,
+    draw_plots: bool = True,
     license: str = "apache-2.0",
 ) -> ModelCard:
     """Write weights, configuration, processor, card and runtime code into a new folder; returns the card.
 
-    `card.json` holds what the card was made of: `python -m repvgg_hf.hub card.json` makes it again.
+    `card.json` holds what the card was made of: `python -m repvgg_hf.hub card.json` makes it and its figures again.
 
     The folder appears when it is complete. The other arguments are those of [`~repvgg_hf.hub.publish`]. Raises
     `ValueError` if it holds something already, or for what `publish` raises it for.
     """
     check_repo_id(repo_id)
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: give a new folder, or remove it first.")
     check_model(model)
     image_size = processor_image_size(processor)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        target = Path(temporary) / "repo"
+    with complete_folder(folder) as target:
         model.save_pretrained(target)
         processor.save_pretrained(target)
         config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+        if "quantization_config" not in config:  # which has a checksum of its own
+            config["weights_checksum"] = weights_checksum(weight_files(target))
         write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         for path in runtime_files():
             shutil.copyfile(path, target / path.name)
         if results is not None:
             published = published or find_published(config, results, checkpoint_bytes(target))
+        captions = draw_figures(results, repo_id, target) if draw_plots else {}
         card = ModelCard(
             repo_id=repo_id,
             config=config,
@@ -56,7 +59,7 @@ def write_folder(
             results=results,
             published=published,
             revision=revision,
-            plots=copy_plots(plots or {}, target),
+            plots=captions | copy_plots(plots or {}, target),
             license=license,
         )
         write_text(target / "README.md", str(card))
@@ -65,10 +68,26 @@ def write_folder(
             (target / ".eval_results").mkdir()
             name = re.sub(r"[^A-Za-z0-9]+", "-", results.dataset.hub_id)
             write_text(target / ".eval_results" / f"{name}.yaml", entries)
+    return card
+
+
+@contextmanager
+def complete_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` at the end of the block, unless something raised.
+
+    Raises `ValueError` if `folder` holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: give a new folder, or remove it first.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        target = Path(temporary) / "new"
+        target.mkdir()
+        yield target
         if folder.exists():
             folder.rmdir()
         os.replace(target, folder)
-    return card
 
 
 def copy_plots(plots: dict[str, str | Path], target: Path) -> dict[str, str]:
@@ -79,6 +98,8 @@ def copy_plots(plots: dict[str, str | Path], target: Path) -> dict[str, str]:
         if not path.is_file() or path.suffix not in (".png", ".svg", ".jpg"):
             raise ValueError(f"The plot {caption!r} must be a .png, .svg or .jpg file, got {path}: make it first.")
         (target / "plots").mkdir(exist_ok=True)
+        if (target / "plots" / path.name).exists():
+            raise ValueError(f"The plot {caption!r} is the second one called {path.name}: rename {path}.")
         shutil.copyfile(path, target / "plots" / path.name)
         captions[f"plots/{path.name}"] = caption
     return captions
@@ -112,7 +133,8 @@ def find_published(config: dict, results: Results, weight_bytes: int) -> str:
     """Name in `results.models` of the model of `config` whose weight files have `weight_bytes` bytes."""
     quantization = config.get("quantization_config") or {"method": "float", "bits": 32}
     method, bits = quantization["method"], quantization["bits"]
-    of_its_kind = [result for result in results.models if (result.method, result.bits) == (method, bits)]
+    mixed = bool(quantization.get("bits_overrides"))  # figures then name the mean
+    of_its_kind = [row for row in results.models if row.method == method and (mixed or row.bits == bits)]
     names = {result.model for result in of_its_kind if result.bytes == weight_bytes}
     if len(names) == 1:
         return names.pop()

@@ -1,14 +1,16 @@
 """Put models on the Hub: one folder, one commit, nothing half-done."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from .card import check_repo_id
-from .folder import write_folder
+from .folder import complete_folder, write_folder
 from .results import Results
-from .upload import Published, upload
+from .upload import Published, repeat, upload
 
 
 def publish(
@@ -19,6 +21,7 @@ def publish(
     processor,
     published: str | None = None,
     plots: dict[str, str | Path] | None = None,
+    draw_plots: bool = True,
     license: str = "apache-2.0",
     private: bool | None = None,
     revision: str | None = None,
@@ -40,7 +43,9 @@ def publish(
         results: what was measured; the card shows these figures and no others.
         processor: the image processor that the model was evaluated with.
         published: name in `results.models` of this model; default the one with its method, bits and bytes.
-        plots: image files by caption, for the card (such as those of `repvgg_hf.analysis`).
+        plots: more image files for the card, by caption.
+        draw_plots: draw accuracy against bytes, and the kernels' entries if `results` has them, for the card; needs
+            matplotlib. `False` makes a card of text.
         license: of the weights, as the Hub spells it.
         private: for a new repository. With `True` an existing public one is refused.
         revision: branch to publish to, created (empty) if there is none; default `main`.
@@ -53,14 +58,14 @@ def publish(
         dry_run: write `folder` and stop.
 
     Raises `ValueError` for a bad argument, before anything is sent, and for a repository that is not ours to change;
-    `HfHubHTTPError` if the Hub refuses; `ConnectionError` if it can't be reached. The branch is then as before, and
-    publishing again sends only what is missing.
+    `ImportError` without matplotlib; `HfHubHTTPError` if the Hub refuses; `ConnectionError` if it can't be reached. The
+    branch is then as before, and publishing again sends only what is missing.
     """
-    if dry_run and folder is None:
-        raise ValueError("dry_run writes the files and stops: say where with folder=<new folder>.")
+    check_dry_run(dry_run, folder)
     if create_pr and (revision or tag):
         raise ValueError("create_pr proposes a change of main: leave out revision and tag.")
-    options = {"processor": processor, "published": published, "revision": revision, "plots": plots, "license": license}
+    options = {"processor": processor, "published": published, "revision": revision, "plots": plots}
+    options |= {"draw_plots": draw_plots, "license": license}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repo" if folder is None else Path(folder)
         card = write_folder(model, folder, repo_id, results, **options)
@@ -79,34 +84,73 @@ def publish_family(
     as_revisions: bool = False,
     collection: str | None = None,
     published: dict[str, str] | None = None,
+    plots: dict[str, str | Path] | None = None,
+    draw_plots: bool = True,
+    license: str = "apache-2.0",
     private: bool | None = None,
+    overwrite: bool = False,
+    commit_message: str | None = None,
     token: str | bool | None = None,
-    **options,
-) -> dict[str, Published]:
+    folder: str | Path | None = None,
+    dry_run: bool = False,
+) -> dict[str, Published] | None:
     """Publish models that differ in their weights, such as `{"float": ..., "w8": ..., "w4": ...}`; returns where.
 
     Each goes into a repository of its own, `<repo_id>-<name>`, or with `as_revisions` into a branch `<name>` of
-    `repo_id`, whose `main` gets the first model last, when the others are there.
+    `repo_id`, whose `main` gets the first model last, when the others are there. Nothing is sent before the files of
+    all of them are written.
 
     Args:
         collection: title of a collection to put the repositories into, created if there is none.
         published: name in `results.models`, by name of the model.
-        options: more arguments of [`publish`].
+        folder: keep a copy of the files in this new folder, those of each model in `<folder>/<name>`.
+        dry_run: write `folder` and stop.
+
+    The other arguments, and what is raised, are those of [`publish`].
     """
-    for name in models:  # before the first upload
-        check_repo_id(f"{repo_id}-{name}")
-    shared = {"processor": processor, "private": private, "token": token, **options}
-    done, published = {}, published or {}
-    for name, model in models.items():
-        place = {"repo_id": repo_id, "revision": name} if as_revisions else {"repo_id": f"{repo_id}-{name}"}
-        done[name] = publish(model, results=results, published=published.get(name), **place, **shared)
+    check_dry_run(dry_run, folder)
+    if as_revisions and "main" in models:
+        raise ValueError("main is the branch that gets the first model: call the model 'main' something else.")
+    places = {name: (repo_id, name) if as_revisions else (f"{repo_id}-{name}", None) for name in models}
     if as_revisions:
-        first = next(iter(models))
-        done["main"] = publish(models[first], repo_id, results, published=published.get(first), **shared)
+        places["main"] = (repo_id, None)
+    for repo, _ in places.values():  # before any work
+        check_repo_id(repo)
+    options = {"processor": processor, "plots": plots, "draw_plots": draw_plots, "license": license}
+    first, published = next(iter(models)), published or {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, cards = Path(temporary) / "family" if folder is None else Path(folder), {}
+        with complete_folder(folder) as root:
+            for name, (repo, revision) in places.items():
+                model = name if name in models else first
+                more = {"published": published.get(model), "revision": revision}
+                cards[name] = write_folder(models[model], root / name, repo, results, **more, **options)
+        if dry_run:
+            return None
+        done, options = {}, {"private": private, "overwrite": overwrite, "token": token}
+        for name, (repo, revision) in places.items():
+            message = commit_message or f"Publish {cards[name].name}"
+            done[name] = upload(folder / name, repo, message, revision=revision, **options)
     if collection is not None:
-        api = HfApi(token=token)
-        namespace = repo_id.split("/")[0]
-        slug = api.create_collection(collection, namespace=namespace, private=bool(private), exists_ok=True).slug
-        for repo in dict.fromkeys(where.repo_id for where in done.values()):
-            api.add_collection_item(slug, repo, "model", exists_ok=True)
+        collect(collection, [where.repo_id for where in done.values()], private=bool(private), token=token)
     return done
+
+
+def check_dry_run(dry_run: bool, folder: str | Path | None) -> None:
+    if dry_run and folder is None:
+        raise ValueError("dry_run writes the files and stops: say where with folder=<new folder>.")
+
+
+def collect(title: str, repos: list[str], private: bool, token: str | bool | None) -> None:
+    """Put repositories of one namespace into a collection, which is created if there is none of this title."""
+    api, namespace = HfApi(token=token), repos[0].split("/")[0]
+    try:
+        collection = repeat(lambda: api.create_collection(title, namespace=namespace, private=private, exists_ok=True))
+        for repo in dict.fromkeys(repos):
+            repeat(partial(api.add_collection_item, collection.slug, repo, "model", exists_ok=True))
+    except HTTPError as error:
+        note = f"The models are published, the collection {title!r} is not complete: publish again to complete it."
+        if isinstance(error, HfHubHTTPError):
+            error.append_to_message("\n" + note)
+            raise
+        raise ConnectionError(f"{note} ({type(error).__name__}: {error})") from error

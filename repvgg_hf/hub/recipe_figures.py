@@ -2,11 +2,15 @@
 
 import re
 
-_PTQ_NAME = re.compile(r"(cluster|uniform)-(per_[a-z]+)(\+scale)?-w([1-8])(?:-(.+))?")
+_PTQ_NAME = re.compile(r"(cluster|uniform)-(per_[a-z]+)(\+scale)?-w([0-9.]+)(?:-a([2-8]))?(?:-(.+))?")
+_FIGURES = ("model", "top1", "top5", "loss", "bytes", "bits_per_weight")  # of a row that a card shows
 
 
 def ptq_models(record: dict, where: str = "ptq_results") -> list[dict]:
-    """Rows of `ptq_results.json`, which `recipes/ptq.py` writes, as fields of [`ModelResult`]."""
+    """Rows of `ptq_results.json`, which `recipes/ptq.py` writes, as fields of [`ModelResult`].
+
+    Bits that differ between layers are given by their mean.
+    """
     rows = []
     for index, row in enumerate(_rows(record, where)):
         name = str(row.get("model"))
@@ -15,11 +19,18 @@ def ptq_models(record: dict, where: str = "ptq_results") -> list[dict]:
             raise ValueError(f"{where}.results[{index}].model is {name!r}: expected 'float' or '<method>-...-w<bits>'.")
         kind = {"method": "float", "bits": 32}
         if match:
-            scale = " with channel scale" if match[3] else ""
-            kind = {"method": match[1], "bits": int(match[4]), "granularity": match[2].replace("_", " ") + scale}
-            kind |= {"training": match[5]} if match[5] else {}
-        rows.append(kind | {"images": record.get("images"), "seed": record.get("seed")} | row)
+            bits = float(match[4])
+            kind = {"method": match[1], "granularity": granularity_in_words(match[2], bool(match[3]))}
+            kind |= {"bits": int(bits) if bits.is_integer() else bits}
+            kind |= {"activation_bits": int(match[5])} if match[5] else {}
+            kind |= {"training": match[6].replace("_", " ")} if match[6] else {}
+        figures = {key: row[key] for key in _FIGURES if key in row}
+        rows.append(kind | {"images": record.get("images"), "seed": record.get("seed")} | figures)
     return rows
+
+
+def granularity_in_words(granularity: str, channel_scale: bool) -> str:
+    return granularity.replace("_", " ") + (" with channel scale" if channel_scale else "")
 
 
 _QAT_NAME = re.compile(r"([1-8]) bit, packed")
@@ -30,17 +41,22 @@ def qat_models(record: dict, where: str = "qat_results") -> list[dict]:
 
     The fused float model and the packed one; the others are the same models in another form.
     """
+    config = record.get("quantization_config") or {}
+    kind = {"method": config.get("method", "cluster"), "training": "QAT"}
+    if config:
+        kind["granularity"] = granularity_in_words(config["granularity"], config["channel_scale"])
+        kind["activation_bits"] = config["activation_bits"]
     rows = []
     for row in _rows(record, where):
         name = str(row.get("model"))
         match = _QAT_NAME.fullmatch(name)
         if match is None and name != "float, fused":
             continue
-        kind = {"model": "float", "method": "float", "bits": 32}
+        made = {"model": "float", "method": "float", "bits": 32}
         if match:
-            kind = {"model": f"cluster-qat-w{match[1]}", "method": "cluster", "bits": int(match[1]), "training": "QAT"}
-        figures = {name: row[name] for name in ("images", "bytes", "bits_per_weight") if name in row}
-        rows.append(kind | figures | {"top1": row.get("accuracy"), "seed": record.get("seed")})
+            made = {"model": f"{kind['method']}-qat-w{match[1]}", "bits": int(match[1])} | kind
+        figures = {key: row[key] for key in ("images", *_FIGURES[2:]) if key in row}
+        rows.append(made | figures | {"top1": row.get("accuracy"), "seed": record.get("seed")})
     return rows
 
 

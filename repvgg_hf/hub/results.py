@@ -38,7 +38,7 @@ class ModelResult:
     Args:
         model: its name in tables; measurements of the same name with other seeds are averaged.
         method: `"float"`, `"uniform"` or `"cluster"`.
-        bits: of a weight's code; 32 for float.
+        bits: of a weight's code, their mean if layers differ; 32 for float.
         top1: accuracy in percent.
         bytes: of its weight files.
         bits_per_weight: codes, codebooks and scales together.
@@ -48,11 +48,12 @@ class ModelResult:
         training: how the quantised weights were found, such as `"QAT"`; nothing means without training.
         top5: accuracy in percent.
         loss: mean cross-entropy in nats.
+        activation_bits: of the layers' inputs; nothing if they are float.
     """
 
     model: str
     method: str
-    bits: int
+    bits: float
     top1: float
     bytes: int
     bits_per_weight: float
@@ -62,6 +63,7 @@ class ModelResult:
     training: str | None = None
     top5: float | None = None
     loss: float | None = None
+    activation_bits: int | None = None
 
     def validate(self, where: str) -> None:
         if self.method not in METHODS:
@@ -74,6 +76,8 @@ class ModelResult:
                 raise ValueError(f"{where}.{name} must be a percentage from 0 to 100, got {value}.")
         if self.top5 is not None and self.top5 < self.top1:
             raise ValueError(f"{where}.top5 is {self.top5}, below top1 ({self.top1}): one is of another model.")
+        if self.activation_bits is not None and not 2 <= self.activation_bits <= 8:
+            raise ValueError(f"{where}.activation_bits must be 2 to 8, or left out, got {self.activation_bits}.")
         for name in ("bytes", "bits_per_weight", "images"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{where}.{name} must be positive, got {getattr(self, name)}.")
@@ -88,6 +92,31 @@ class KernelResult:
     std: float
     max_over_std: float
     kurtosis: float
+
+
+@dataclass
+class HistogramResult:
+    """How the entries of a network's kernels are distributed, as [`~repvgg_hf.analysis.kernel_histogram`] counts them.
+
+    Args:
+        name: of the network, and of its form, such as `"OABN, fused"`.
+        first: number of the first bin; it begins at `first * bin_width` standard deviations.
+        bin_width: in standard deviations.
+        counts: entries in each bin.
+        largest: magnitude, in standard deviations.
+    """
+
+    name: str
+    first: int
+    bin_width: float
+    counts: list[int]
+    largest: float
+
+    def validate(self, where: str) -> None:
+        if self.bin_width <= 0:
+            raise ValueError(f"{where}.bin_width must be positive, got {self.bin_width}.")
+        if not any(self.counts) or min(self.counts) < 0:
+            raise ValueError(f"{where}.counts must be numbers of entries, and not all 0, got {self.counts!r:.80}.")
 
 
 @dataclass
@@ -116,6 +145,7 @@ class Results:
         commands: that made the figures.
         kernels_before: figures of each block's dense kernel with its batch norm, before the other branches are added.
         kernels_after: figures of each fused kernel.
+        histograms: how the entries of kernels are distributed, such as before and after fusing; for a figure.
         latency: times, if any were measured.
     """
 
@@ -125,6 +155,7 @@ class Results:
     commands: list[str] = field(default_factory=list)
     kernels_before: list[KernelResult] = field(default_factory=list)
     kernels_after: list[KernelResult] = field(default_factory=list)
+    histograms: list[HistogramResult] = field(default_factory=list)
     latency: list[LatencyResult] = field(default_factory=list)
 
     def validate(self, where: str) -> None:
@@ -139,6 +170,9 @@ class Results:
             if key in seen:
                 raise ValueError(f"{where}.models has {key[0]!r} with seed {key[1]} twice: keep one of them.")
             seen.add(key)
+        names, widths = [{getattr(entry, key) for entry in self.histograms} for key in ("name", "bin_width")]
+        if len(names) < len(self.histograms) or len(widths) > 1:
+            raise ValueError(f"{where}.histograms must have different names and the same bin_width: count them anew.")
 
     def __post_init__(self):
         check(self, "results")

@@ -20,7 +20,7 @@ def code_block(code: str, language: str) -> str:
     return f"{fence}{language}\n{code}\n{fence}"
 
 
-def folded(command: str, width: int = 90) -> str:
+def folded(command: str, width: int = 80) -> str:
     """A command over several lines, broken before options. One with quotes stays as it is: a break may change it."""
     if "'" in command or '"' in command:
         return command
@@ -55,6 +55,14 @@ def quantity(value: int) -> str:
     return str(value)
 
 
+def file_size(size: int) -> str:
+    """With three significant places and a unit: `75.5 kB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} B"
+
+
 def spread(values: list[float | None], digits: int = 2) -> str:
     """Mean and, for several seeds, the standard deviation; nothing if one is missing."""
     if None in values:
@@ -78,8 +86,8 @@ def loss_against_float(rows: list[ModelResult], floats: dict[int, float]) -> lis
 def models_table(models: list[ModelResult], published: str) -> str:
     """Bits against accuracy and size, all seeds of a model in one line."""
     floats = {row.seed: row.top1 for row in models if row.method == "float"}
-    headings = ["weights", "codebooks", "found by", "bits", "top-1", "loss against float", "top-5", "cross-entropy"]
-    headings += ["bytes on disk", "bits per weight", "seeds"]
+    headings = ["weights", "codebooks", "found by", "bits", "activation bits", "top-1", "loss against float", "top-5"]
+    headings += ["cross-entropy", "bytes on disk", "bits per weight", "seeds"]
     lines, bold = [], None
     for name, rows in by_model(models).items():
         first, quantized = rows[0], rows[0].method != "float"
@@ -90,6 +98,7 @@ def models_table(models: list[ModelResult], published: str) -> str:
                 cell(first.granularity or ""),
                 cell(first.training or ""),
                 str(first.bits),
+                str(first.activation_bits or ""),
                 spread([row.top1 for row in rows]),
                 spread(loss_against_float(rows, floats)) if quantized else "",
                 spread([row.top5 for row in rows]),
@@ -106,21 +115,19 @@ def methods_table(models: list[ModelResult]) -> str:
     """Uniform beside cluster, where both were measured with the same bits and made in the same way."""
     cells = {}
     for rows in by_model(models).values():
-        place = (rows[0].granularity or "", rows[0].training or "", rows[0].bits)
-        cells.setdefault(place, {})[rows[0].method] = spread([row.top1 for row in rows])
-    # the scale of an output channel is cluster's default and not uniform's: compare what people get
-    merged = {}
-    for (granularity, training, bits), methods in cells.items():
-        place = (granularity.removesuffix(" with channel scale"), training, bits)
-        merged.setdefault(place, {}).update(methods)
+        first = rows[0]
+        # the scale of an output channel is cluster's default and not uniform's: compare what people get
+        granularity = (first.granularity or "").removesuffix(" with channel scale")
+        place = (granularity, first.training or "", first.bits, first.activation_bits or "")
+        cells.setdefault(place, {})[first.method] = spread([row.top1 for row in rows])
     lines = [
-        [cell(granularity) or "-", cell(training), str(bits), methods["uniform"], methods["cluster"]]
-        for (granularity, training, bits), methods in merged.items()
+        [cell(granularity) or "-", cell(training), str(bits), str(activations), methods["uniform"], methods["cluster"]]
+        for (granularity, training, bits, activations), methods in cells.items()
         if {"uniform", "cluster"} <= methods.keys()
     ]
     if not lines:
         return ""
-    headings = ["codebooks", "found by", "bits", "uniform", "cluster"]
+    headings = ["codebooks", "found by", "bits", "activation bits", "uniform", "cluster"]
     return f"### Uniform beside cluster, top-1\n\n{table(headings, lines)}"
 
 

@@ -96,6 +96,14 @@ def test_many_lines_fit_into_the_legend(tmp_path):
         assert 0 < float(place[1]) < height
 
 
+@pytest.mark.parametrize("label", ["costs $5 or $x_{", "$a$", '<b> & "c"', "50 % \\alpha"])
+def test_labels_are_no_formulas(tmp_path, label):
+    plot_accuracy([ROWS[0], ROWS[1] | {"label": label}, ROWS[2] | {"label": "_" + label}], tmp_path / "figure")
+    assert texts(read(tmp_path / "figure.svg")).count(label) == 2
+    plot_kernel_histogram({label: torch.randn(99)}, tmp_path / "kernels")
+    assert any(text.startswith(label) for text in texts(read(tmp_path / "kernels.svg")))
+
+
 def test_styles_tell_lines_apart(tmp_path):
     rows = [row | {"label": f"method {index}"} for index in range(14) for row in ROWS[3:]]
     plot_accuracy(rows, tmp_path / "figure")

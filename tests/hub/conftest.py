@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 from transformers import BitImageProcessor
 
+import repvgg_hf
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.hub import DatasetInfo, ModelResult, Results
 
@@ -35,6 +36,8 @@ def fresh_process():
 
     def run(code: str, url: str, home: Path, python=sys.executable, offline=False, cwd=None, expect=0) -> str:
         variables = hub_environment(url, home) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+        if python == sys.executable:  # the package that is tested, whichever is installed
+            variables["PYTHONPATH"] = str(Path(repvgg_hf.__file__).parents[1])
         command = [str(python), "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=cwd, timeout=300)
         assert done.returncode == expect, done.stdout + done.stderr

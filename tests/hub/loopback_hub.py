@@ -21,10 +21,11 @@ from loopback_store import (
     ROUTES,
     WRITE_TOKEN,
     Blob,
+    Commit,
     Fault,
+    Refusal,
     Repo,
     Request,
-    forbidden,
     is_lfs,
     route,
 )
@@ -97,18 +98,21 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length) if "Transfer-Encoding" not in self.headers else self.read_chunks()
         self.damage = fault if isinstance(fault, str) else None
         try:
-            if isinstance(fault, int):
-                self.answer(fault, {"error": "on purpose"}, {"Retry-After": "0"})
-            elif not self.check_token():
-                message = "Invalid credentials in Authorization header"
-                self.answer(401, {"error": message}, {"X-Error-Message": message})
-            else:
-                self.dispatch(url.path)
+            self.answer(*self.respond(url.path, fault))
         except (ConnectionError, BrokenPipeError):
             self.close_connection = True
         self.hub.requests.append(Request(self.command, url.path, self.answered, len(self.body), self.sent))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+
+    def respond(self, path: str, fault) -> tuple:
+        try:
+            if isinstance(fault, int):
+                raise Refusal(fault, "on purpose", **{"Retry-After": "0"})
+            self.check_token()
+            return self.dispatch(path)
+        except Refusal as refusal:
+            return refusal.status, refusal.body, refusal.headers
 
     def read_chunks(self) -> bytes:
         body = b""
@@ -134,22 +138,19 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
         self.close_connection = True
 
-    def check_token(self) -> bool:
+    def check_token(self):
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        return self.token in (None, WRITE_TOKEN, READ_TOKEN)
+        if self.token not in (None, WRITE_TOKEN, READ_TOKEN):
+            raise Refusal(401, "Invalid credentials in Authorization header")
 
-    def dispatch(self, path: str):
+    def dispatch(self, path: str) -> tuple:
         for method, pattern, function in ROUTES:
             match = pattern.fullmatch(path)
             if match and method == ("GET" if self.command == "HEAD" else self.command):
+                found = {key: unquote(value) for key, value in match.groupdict().items() if value}
                 with self.hub.lock:
-                    answer = function(
-                        self, **{key: unquote(value) for key, value in match.groupdict().items() if value}
-                    )
-                if answer is not None:
-                    self.answer(*answer)
-                return
-        self.answer(404, {"error": f"the loopback Hub has no {self.command} {path}"})
+                    return function(self, **found)
+        raise Refusal(404, f"the loopback Hub has no {self.command} {path}")
 
     def answer(self, status: int, body, headers: dict | None = None):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -175,26 +176,36 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         self.sent += len(content)
 
-    def repo_or_error(self, repo_id: str, write: bool = False):
-        """(repository, None) or (None, the answer that says why not)."""
+    def find_repo(self, repo_id: str, write: bool = False) -> Repo:
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and self.token is None):
-            return None, (401 if self.token is None else 404, {"error": "no repo"}, {"X-Error-Code": "RepoNotFound"})
-        if write and self.token != WRITE_TOKEN:
-            return None, forbidden()
-        return repo, None
+            raise Refusal(401 if self.token is None else 404, "no repo", "RepoNotFound")
+        if write:
+            self.require_write_token()
+        return repo
+
+    def find_commit(self, repo_id: str, revision: str) -> tuple[Repo, Commit]:
+        repo = self.find_repo(repo_id)
+        commit = repo.find(revision)
+        if commit is None:
+            raise Refusal(404, "Invalid rev id", "RevisionNotFound")
+        return repo, commit
+
+    def require_write_token(self):
+        if self.token is None:
+            raise Refusal(401, "Invalid username or password.")
+        if self.token != WRITE_TOKEN:
+            raise Refusal(403, "you don't have the rights to write to this repo")
 
     @route("GET", "/api/whoami-v2")
     def whoami(self):
-        if self.token is None:
-            return 401, {"error": "Invalid username or password."}
+        self.require_write_token()
         return 200, {"type": "user", "name": "org", "auth": {"accessToken": {"role": "write"}}, "orgs": []}
 
     @route("POST", "/api/repos/create")
     def create_repo(self):
         payload = json.loads(self.body)
-        if self.token != WRITE_TOKEN:
-            return forbidden()
+        self.require_write_token()
         repo_id = f"{payload.get('organization') or 'org'}/{payload['name']}"
         url = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
@@ -214,9 +225,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/models/{REPO}/preupload/{REVISION}")
     def preupload(self, repo_id, revision):
-        repo, error = self.repo_or_error(repo_id, write=True)
-        if error:
-            return error
+        repo = self.find_repo(repo_id, write=True)
         files = []
         remote = (repo.find(revision) or repo.find("main")).files
         for file in json.loads(self.body)["files"]:
@@ -227,9 +236,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/{REPO}.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id):
-        _, error = self.repo_or_error(repo_id, write=True)
-        if error:
-            return error
+        self.find_repo(repo_id, write=True)
         objects = []
         for item in json.loads(self.body)["objects"]:
             if item["oid"] not in self.hub.lfs:
@@ -241,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
     @route("PUT", "/lfs/(?P<oid>[0-9a-f]{64})")
     def lfs_put(self, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return 400, {"error": "the content is not what was announced"}
+            raise Refusal(400, "the content is not what was announced")
         self.hub.lfs[oid] = self.body
         return 200, b""
 
@@ -251,37 +258,31 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/models/{REPO}/commit/{REVISION}")
     def commit(self, repo_id, revision):
-        repo, error = self.repo_or_error(repo_id, write=True)
-        if error:
-            return error
+        self.find_repo(repo_id, write=True)
         if self.hub.before_commit:
             action, self.hub.before_commit = self.hub.before_commit, None
             action()
-        lines = [json.loads(line) for line in self.body.splitlines()]
-        head = repo.find(revision)
-        if head is None:
-            return 404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"}
-        header = lines[0]["value"]
-        if header.get("parentCommit", head.oid) != head.oid:
-            message = "A commit has happened since. Please refresh and try again."
-            return 412, {"error": message}, {"X-Error-Message": message}
+        repo, head = self.find_commit(repo_id, revision)
+        header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        if header["value"].get("parentCommit", head.oid) != head.oid:
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
-        for line in lines[1:]:
+        for line in operations:
             path = line["value"]["path"]
             if line["key"] == "file":
                 files[path] = Blob(base64.b64decode(line["value"]["content"]), False)
             elif line["key"] == "lfsFile":
                 if line["value"]["oid"] not in self.hub.lfs:
-                    return 400, {"error": f"{path} was not uploaded"}
+                    raise Refusal(400, f"{path} was not uploaded")
                 files[path] = Blob(self.hub.lfs[line["value"]["oid"]], True)
             elif line["key"] == "deletedFile":
                 if files.pop(path, None) is None:
-                    return 404, {"error": "A file with this name doesn't exist"}, {"X-Error-Code": "EntryNotFound"}
+                    raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
-                return 400, {"error": f"unknown operation {line['key']}"}
+                raise Refusal(400, f"unknown operation {line['key']}")
         pull_request = self.query.get("create_pr") == "1"
         ref = f"refs/pr/{1 + sum(name.startswith('refs/pr/') for name in repo.refs)}" if pull_request else revision
-        done = repo.commit(ref, files, header["summary"], head.oid)
+        done = repo.commit(ref, files, header["value"]["summary"], head.oid)
         number = ref.rpartition("/")[2]
         return 200, {
             "success": True,
@@ -292,10 +293,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/models/{REPO}(/revision/{REVISION})?")
     def model_info(self, repo_id, revision="main"):
-        repo, error = self.repo_or_error(repo_id)
-        commit = repo and repo.find(revision)
-        if error or commit is None:
-            return error or (404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        repo, commit = self.find_commit(repo_id, revision)
         siblings = [{"rfilename": path} for path in commit.files]
         return 200, {
             "id": repo_id,
@@ -307,10 +305,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/models/{REPO}/tree/{REVISION}")
     def tree(self, repo_id, revision):
-        repo, error = self.repo_or_error(repo_id)
-        commit = repo and repo.find(revision)
-        if error or commit is None:
-            return error or (404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        _, commit = self.find_commit(repo_id, revision)
         entries = []
         for path, blob in commit.files.items():
             entry = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
@@ -321,9 +316,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/models/{REPO}/refs")
     def refs(self, repo_id):
-        repo, error = self.repo_or_error(repo_id)
-        if error:
-            return error
+        repo = self.find_repo(repo_id)
         entries = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
         for name, oid in repo.refs.items():
             kind = "tags" if name in repo.tags else "pullRequests" if name.startswith("refs/") else "branches"
@@ -332,9 +325,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/models/{REPO}/commits/{REVISION}")
     def commits(self, repo_id, revision):
-        repo, error = self.repo_or_error(repo_id)
-        if error:
-            return error
+        repo = self.find_repo(repo_id)
         entries, commit = [], repo.find(revision)
         while commit:
             entry = {"id": commit.oid, "title": commit.title, "message": "", "date": DATE, "authors": []}
@@ -344,9 +335,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("POST", f"/api/models/{REPO}/(?P<kind>tag|branch)/{REVISION}")
     def create_ref(self, repo_id, kind, revision):
-        repo, error = self.repo_or_error(repo_id, write=True)
-        if error:
-            return error
+        repo = self.find_repo(repo_id, write=True)
         payload = json.loads(self.body or b"{}")
         name = payload["tag"] if kind == "tag" else revision
         if name in repo.refs:
@@ -359,8 +348,7 @@ class Handler(BaseHTTPRequestHandler):
     @route("POST", "/api/collections")
     def create_collection(self):
         payload = json.loads(self.body)
-        if self.token != WRITE_TOKEN:
-            return forbidden()
+        self.require_write_token()
         slug = f"{payload['namespace']}/{re.sub('[^a-z0-9]+', '-', payload['title'].lower())}-{'0' * 24}"
         if slug in self.hub.collections:
             return 409, {"error": "exists", "slug": slug}
@@ -384,14 +372,11 @@ class Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
     def resolve(self, repo_id, revision, path):
-        repo, error = self.repo_or_error(repo_id)
-        commit = repo and repo.find(revision)
-        if error or commit is None:
-            return error or (404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        _, commit = self.find_commit(repo_id, revision)
         headers = {"X-Repo-Commit": commit.oid}
         blob = commit.files.get(path)
         if blob is None:
-            return 404, {"error": "Entry not found"}, headers | {"X-Error-Code": "EntryNotFound"}
+            raise Refusal(404, "Entry not found", "EntryNotFound", **headers)
         headers |= {"ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         if blob.lfs:
             headers |= {"X-Linked-ETag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.content))}

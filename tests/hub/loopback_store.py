@@ -80,6 +80,9 @@ def route(method: str, pattern: str):
 REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 
 
-def forbidden():
-    message = "you don't have the rights to write to this repo"
-    return 403, {"error": message}, {"X-Error-Message": message}
+class Refusal(Exception):
+    """An answer that is no success: status, reason, and the code by which the client knows what is missing."""
+
+    def __init__(self, status: int, reason: str, code: str | None = None, **headers):
+        self.status, self.body, self.headers = status, {"error": reason}, headers
+        self.headers |= {"X-Error-Code": code} if code else {"X-Error-Message": reason}

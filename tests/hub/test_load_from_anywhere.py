@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.analysis import bits_per_weight, kernel_report
-from repvgg_hf.hub import DatasetInfo, KernelResult, ModelResult, Results, publish_family
+from repvgg_hf.hub import DatasetInfo, HistogramResult, KernelResult, ModelResult, Results, publish_family
+from repvgg_hf.hub.branch_kernels import branch_histograms
 
 BITS = (8, 6, 4, 3, 2)
 
@@ -70,7 +71,8 @@ def story(tmp_path_factory, processor):
         models[f"w{bits}"] = RepVGGForImageClassification.from_pretrained(folder / "fused").quantize(bits=bits)
     rows = [measure(name, model, folder / name, images[:400], labels[:400]) for name, model in models.items()]
     kernels = [KernelResult(**kernel) for kernel in kernel_report(models["float"])]
-    results = Results(DatasetInfo("digits", "first 400"), rows, kernels_after=kernels)
+    histograms = [HistogramResult(**entry) for entry in branch_histograms(models["float"], before=False)]
+    results = Results(DatasetInfo("digits", "first 400"), rows, kernels_after=kernels, histograms=histograms)
     with torch.no_grad():
         logits = {name: model(images[:64]).logits for name, model in models.items()}
     torch.save((images[:64], logits), folder / "expected.pt")
@@ -187,6 +189,8 @@ def test_family_and_collection_on_the_hub(story):
         card = hub.files("org/digits", name)["README.md"].decode()
         assert f"# digits ({name})" in card
         assert f"**Top-1 {results.select(name)[0].top1:.2f} %**" in card
+        for kind in ("accuracy", "kernels"):
+            assert f"plots/digits-{kind}.svg" in card and f"plots/digits-{kind}.svg" in hub.files("org/digits", name)
     # each branch began empty: no other model was ever there
     branch = hub.repos["org/digits"].find("w4")
     assert list(hub.repos["org/digits"].commits[branch.parent].files) == [".gitattributes"]

@@ -3,13 +3,15 @@
 import copy
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_store import READ_TOKEN, WRITE_TOKEN
 
-from repvgg_hf.hub import publish
+from repvgg_hf.hub import publish, publish_family
 from repvgg_hf.hub.upload import _STALE
 
 REPO = "org/tiny"
@@ -98,6 +100,57 @@ def test_dry_run_writes_the_folder_and_stops(hub, push, tmp_path):
         push(folder=tmp_path / "repo", dry_run=True)
 
 
+@pytest.fixture
+def push_family(tiny_model, processor):
+    """`push_family(...)` publishes a float and a 4 bit model."""
+
+    def run(**options):
+        models = {"float": tiny_model(), "w4": tiny_model(4)}
+        return publish_family(models, REPO, **({"processor": processor, "token": WRITE_TOKEN} | options))
+
+    return run
+
+
+@pytest.mark.parametrize("as_revisions, names", [(False, ["float", "w4"]), (True, ["float", "main", "w4"])])
+def test_dry_run_of_a_family_writes_what_would_be_uploaded(hub, push_family, tmp_path, as_revisions, names):
+    root = tmp_path / "family"
+    assert push_family(folder=root, dry_run=True, token=None, as_revisions=as_revisions) is None
+    assert hub.requests == [] and sorted(path.name for path in root.iterdir()) == names
+    push_family(as_revisions=as_revisions)
+    for name in names:
+        written = {path.relative_to(root / name).as_posix(): path for path in (root / name).rglob("*")}
+        place = (REPO, name) if as_revisions else (f"{REPO}-{name}", "main")
+        files = hub.files(*place)
+        del files[".gitattributes"]
+        assert files == {path: written[path].read_bytes() for path in files} and is_whole(files)
+    with pytest.raises(ValueError, match="family is not empty: give a new folder"):
+        push_family(folder=root, dry_run=True)
+    with pytest.raises(ValueError, match="dry_run writes the files and stops: say where"):
+        push_family(dry_run=True)
+
+
+def test_nothing_is_sent_before_all_of_a_family_is_written(hub, push_family, results, tmp_path):
+    """The second model has no measurement."""
+    results.models = results.models[:1]
+    with pytest.raises(ValueError, match="method cluster, 4 bits and .* it has none"):
+        push_family(results=results, published={"float": "float"}, folder=tmp_path / "family")
+    assert hub.requests == [] and list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="call the model 'main' something else"):
+        publish_family({"main": None}, REPO, processor=None, as_revisions=True)
+
+
+def test_a_fault_in_the_middle_of_a_family_leaves_main_as_it_was(hub, push_family):
+    """The first model is on its branch, complete; main follows when the others are there, the next time."""
+    hub.fail("POST", "/commit/w4", 500, times=1000)
+    with pytest.raises(HfHubHTTPError, match="w4 is as it was.*publish again later"):
+        push_family(as_revisions=True)
+    assert is_whole(hub.files(REPO, "float")) and is_untouched(hub) and is_untouched(hub, "w4")
+    hub.faults.clear()
+    where = push_family(as_revisions=True)
+    assert [name for name, place in where.items() if place.changed] == ["w4", "main"]
+    assert is_whole(hub.files(REPO)) and is_whole(hub.files(REPO, "w4"))
+
+
 @pytest.mark.parametrize(
     "method, path, action, times",
     [
@@ -168,6 +221,35 @@ def test_no_write_permission_on_an_existing_repo(hub, push):
     assert is_untouched(hub)
 
 
+def test_no_token_at_all(hub, push):
+    with pytest.raises(HfHubHTTPError, match="main is as it was. The token is missing.*hf auth login"):
+        push(token=False)
+    assert is_untouched(hub)
+
+
+@pytest.mark.parametrize("action, times", [(500, 1), ("reset", 1)])
+def test_collection_survives_passing_faults(hub, push_family, action, times):
+    for path in ("/api/collections$", "/items$"):
+        hub.fail("POST", path, action, times)
+    push_family(collection="Tiny")
+    assert not any(fault.times for fault in hub.faults), "a fault did not happen"
+    (collection,) = hub.collections.values()
+    assert [item["id"] for item in collection["items"]] == [f"{REPO}-float", f"{REPO}-w4"]
+
+
+@pytest.mark.parametrize("action", [500, "reset"])
+def test_collection_is_completed_the_next_time(hub, push_family, action):
+    hub.fail("POST", "/items$", action, times=1000)
+    with pytest.raises((HfHubHTTPError, ConnectionError), match="are published, the collection 'Tiny' is not"):
+        push_family(collection="Tiny")
+    assert is_whole(hub.files(f"{REPO}-w4"))
+    hub.faults.clear()
+    where = push_family(collection="Tiny")
+    assert not any(place.changed for place in where.values())
+    (collection,) = hub.collections.values()
+    assert len(collection["items"]) == 2
+
+
 @pytest.mark.parametrize("files", [{"data.csv": b"1,2"}, {"config.json": b'{"model_type": "bert"}'}])
 def test_other_content_is_refused(hub, push, files):
     hub.put(REPO, files)
@@ -195,6 +277,32 @@ def test_two_publishers_at_once(hub, push):
     assert files["README.md"] == b"theirs" and json.loads(files["config.json"])["quantization_config"]["bits"] == 4
     push(bits=8)
     assert json.loads(hub.files(REPO)["config.json"])["quantization_config"]["bits"] == 8
+
+
+def test_two_publishers_in_two_threads(hub, tiny_model, processor):
+    """Whoever loses hears of it; main holds one model whole, and the loser's second attempt works."""
+    barrier = threading.Barrier(2)
+
+    def push(bits):
+        barrier.wait()
+        try:
+            return publish(tiny_model(bits), REPO, processor=processor, token=WRITE_TOKEN)
+        except HfHubHTTPError as error:
+            assert "Someone else changed main in the meantime" in str(error)
+
+    for bits in (4, 8):
+        tiny_model(bits)  # made before, so that only publishing is at once
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(push, (4, 8)))
+    assert any(places)
+    repo = hub.repos[REPO]
+    for commit in list(repo.commits.values())[1:]:
+        config = json.loads(commit.files["config.json"].content)
+        bits = config["quantization_config"]["bits"]
+        expected = publish(tiny_model(bits), f"{REPO}-{bits}", processor=processor, token=WRITE_TOKEN).repo_id
+        assert commit.files["model.safetensors"].content == hub.files(expected)["model.safetensors"]
+    barrier = threading.Barrier(1)
+    assert push(8) and json.loads(hub.files(REPO)["config.json"])["quantization_config"]["bits"] == 8
 
 
 @pytest.mark.parametrize(

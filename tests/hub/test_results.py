@@ -2,10 +2,15 @@
 
 import copy
 import json
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import ptq as recipe  # noqa: E402
+from repvgg_hf import ClusterConfig
 from repvgg_hf.hub import Results
 from repvgg_hf.hub.recipe_figures import benchmark_latency, ptq_models, qat_models
 
@@ -14,6 +19,9 @@ def test_json_round_trip(results, tmp_path):
     results.to_json(tmp_path / "results.json")
     assert Results.from_json(tmp_path / "results.json") == results
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+HISTOGRAM = {"name": "OABN, fused", "first": -1, "bin_width": 0.5, "counts": [2, 3], "largest": 0.5}
 
 
 def changed(values: dict, path: str, value) -> dict:
@@ -52,6 +60,13 @@ def changed(values: dict, path: str, value) -> dict:
         ("models.1.bits", 32, "bits must be 32 for float and 1 to 8 otherwise, got 32"),
         ("models.1.method", "kmeans", "method must be one of float, uniform, cluster, got 'kmeans'"),
         ("models.1.model", "float", "has 'float' with seed 0 twice"),
+        ("models.1.activation_bits", 16, r"models\[1\].activation_bits must be 2 to 8, or left out, got 16"),
+        ("histograms", [HISTOGRAM | {"counts": [0, 0]}], r"histograms\[0\].counts must be numbers of entries, and not"),
+        ("histograms", [HISTOGRAM | {"counts": [3, -1]}], r"histograms\[0\].counts must be numbers of entries"),
+        ("histograms", [HISTOGRAM | {"counts": []}], r"histograms\[0\].counts must be numbers of entries"),
+        ("histograms", [HISTOGRAM | {"bin_width": 0}], r"histograms\[0\].bin_width must be positive, got 0"),
+        ("histograms", [HISTOGRAM, HISTOGRAM], "histograms must have different names and the same bin_width"),
+        ("histograms", [HISTOGRAM, HISTOGRAM | {"name": "BN", "bin_width": 0.25}], "and the same bin_width"),
         ("models", [], "results.models is empty"),
         ("models", "none", "results.models must be a list"),
         ("models.0", None, r"results.models\[0\] must be an object"),
@@ -114,6 +129,27 @@ def test_rows_of_the_ptq_recipe(results):
         Results.from_dict(asdict(results) | {"models": ptq_models({"seed": 0, "results": PTQ["results"]})})
 
 
+def test_names_and_rows_that_the_ptq_recipe_makes(results):
+    """Built by the recipe's own functions, with all that it adds: labels, seconds, options, mixed bits."""
+    trials = [
+        recipe.make_trial(4, "", ClusterConfig(bits=4), None),
+        recipe.make_trial(4, "calibrated", ClusterConfig(bits=4, activation_bits=8), {}),
+        recipe.make_trial(3, "tuning_steps", ClusterConfig(bits=3, granularity="per_channel"), {}),
+        recipe.make_trial(3.2, "mixed", ClusterConfig(method="uniform"), {}),
+    ]
+    figures, size = {"top1": 90.0, "top5": 99.0, "loss": 0.1}, {"bytes": 300, "bits_per_weight": 3.3}
+    rows = [recipe.row(trial.name, trial.label, trial.bits, figures, size, 1.5, trial.options) for trial in trials]
+    models = Results.from_dict(asdict(results) | {"models": ptq_models(PTQ | {"results": rows})}).models
+    assert [
+        (model.method, model.granularity, model.bits, model.activation_bits, model.training) for model in models
+    ] == [
+        ("cluster", "per tensor with channel scale", 4, None, None),
+        ("cluster", "per tensor with channel scale", 4, 8, "calibrated"),
+        ("cluster", "per channel", 3, None, "tuning steps"),
+        ("uniform", "per tensor", 3.2, None, "mixed"),
+    ]
+
+
 def test_rows_of_the_qat_recipe(results):
     names = ("float, with branches", "float, fused", "4 bit, in training", "4 bit, packed", "4 bit, reloaded")
     rows = [
@@ -125,6 +161,12 @@ def test_rows_of_the_qat_recipe(results):
     assert [(model.model, model.training, model.top5) for model in models] == [
         ("float", None, None), ("cluster-qat-w4", "QAT", None),
     ]  # fmt: skip
+    config = {"method": "uniform", "granularity": "per_channel", "channel_scale": False, "activation_bits": 8}
+    rows[3] |= {"top5": 99.5, "loss": 0.2}
+    record = {"seed": 0, "results": rows, "quantization_config": config}
+    model = Results.from_dict(asdict(results) | {"models": qat_models(record)}).models[1]
+    assert (model.model, model.method, model.granularity) == ("uniform-qat-w4", "uniform", "per channel")
+    assert (model.activation_bits, model.top5, model.loss) == (8, 99.5, 0.2)
     del rows[3]["bytes"]
     with pytest.raises(ValueError, match=r"models\[1\] lacks 'bytes'"):
         Results.from_dict(asdict(results) | {"models": qat_models({"seed": 0, "results": rows})})

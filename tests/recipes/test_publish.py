@@ -55,11 +55,23 @@ def test_dry_run_writes_folder_and_card(checkpoint, tmp_path):
     assert (tmp_path / "tiny.md").read_text() == card
 
 
+def test_dry_run_of_a_family(checkpoint, tmp_path):
+    models = ["--models", f"big={checkpoint / 'w4'}", f"small={checkpoint / 'w4'}"]
+    root = tmp_path / "family"
+    recipe.main(options(checkpoint, *models, "--dry_run", "--output_dir", root, "--draw_plots", "False"))
+    for name in ("big", "small"):
+        assert f"# tiny-{name}" in (root / name / "README.md").read_text()
+    assert sorted(path.name for path in root.iterdir()) == ["big", "small"]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
         (["--dry_run"], r"say where with folder="),
         (["--card_json", "x.json"], "copies the card from --output_dir"),
+        (["--models", "a={w4}", "b={w4}", "--tag", "v1"], "A family takes none of .*--tag"),
+        (["--models", "a={w4}", "b={w4}", "--dry_run"], "say where with folder="),
+        (["--plain_checkpoint", "{w4}/../train"], "--plain_checkpoint .*train has OABN: train one with --oabn False"),
         (["--plots", "no caption"], "--plots takes <name>=<value>"),
         (["--models", "a=b", "a=c"], "--models takes <name>=<value> with different names"),
         (["--dry_run", "--output_dir", "{new}", "--plots", "A plot=none.png"], "The plot 'A plot' must be a .png"),
@@ -70,7 +82,7 @@ def test_dry_run_writes_folder_and_card(checkpoint, tmp_path):
 )
 def test_bad_options(checkpoint, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        recipe.main(options(checkpoint, *(part.format(new=tmp_path / "new") for part in more)))
+        recipe.main(options(checkpoint, *(part.format(new=tmp_path / "new", w4=checkpoint / "w4") for part in more)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,66 @@
+"""The figures of a card, drawn from its results alone, so that they can be drawn again from `card.json`."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from ..analysis.plots import import_matplotlib, plot_accuracy, plot_kernel_histogram
+from .results import Results
+from .tables import by_model
+
+CAPTIONS = {
+    "accuracy": "Top-1 accuracy against the bytes of the checkpoint, a line for each way to quantise.",
+    "kernels": "How the entries of the convolution kernels are distributed. A codebook has to reach the outermost one.",
+}
+
+
+def figure_paths(results: Results | None, repo_id: str) -> dict[str, str]:
+    """Path in the repository of each figure that `results` has the measurements for, by kind."""
+    if results is None:
+        return {}
+    quantized = {result.model for result in results.models if result.method != "float"}
+    kinds = {"accuracy": len(quantized) > 1, "kernels": bool(results.histograms)}
+    # with the repository's name: committed cards of several models share a folder
+    return {kind: f"plots/{repo_id.rpartition('/')[2]}-{kind}.svg" for kind, there in kinds.items() if there}
+
+
+def draw_figures(
+    results: Results | None, repo_id: str, folder: Path, only: Iterable[str] | None = None
+) -> dict[str, str]:
+    """Draw the figures below `folder`; returns captions by path there.
+
+    `only` leaves out those whose paths are not in it. Without matplotlib raises `ImportError`, which names the choices.
+    """
+    paths = figure_paths(results, repo_id)
+    paths = {kind: path for kind, path in paths.items() if only is None or path in only}
+    if paths:
+        try:
+            import_matplotlib()
+        except ImportError as error:
+            raise ImportError(
+                f"{error} Or leave the figures out of the card: draw_plots=False, on the command line "
+                "`--draw_plots False`."
+            ) from error
+    for kind, path in paths.items():
+        drawn = folder / path.removesuffix(".svg")
+        if kind == "accuracy":
+            plot_accuracy(accuracy_rows(results), drawn, x="bytes", formats=["svg"])
+        else:
+            histograms = {entry.name: asdict(entry) for entry in results.histograms}
+            plot_kernel_histogram(histograms, drawn, formats=["svg"])
+    return {path: CAPTIONS[kind] for kind, path in paths.items()}
+
+
+def accuracy_rows(results: Results) -> list[dict]:
+    """A point for each model, seeds averaged, as `plot_accuracy` takes them."""
+    rows = []
+    for measurements in by_model(results.models).values():
+        first = measurements[0]
+        granularity = (first.granularity or "").removeprefix("per ").replace(" with channel scale", " + channel scale")
+        activations = f"{first.activation_bits}-bit activations" if first.activation_bits else ""
+        row = {"label": ", ".join(filter(None, [first.method, granularity, activations, first.training]))}
+        for key in ("top1", "bytes"):
+            row[key] = statistics.fmean(getattr(measurement, key) for measurement in measurements)
+        rows.append(row)
+    return rows
