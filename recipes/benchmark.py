@@ -5,6 +5,7 @@
     python recipes/benchmark.py load                           a 4 bit checkpoint against the float one
     python recipes/benchmark.py qat                            quantisation-aware against float steps, and DKM
     python recipes/benchmark.py quantize                       clustering the weights, against four libraries
+    python recipes/benchmark.py calibrate                      quantising with calibration images: time and memory
     python recipes/benchmark.py inference --help               the options of one of them
 
 Sides take turns, in a new order each time, and a ratio is that of their medians, so that the machine's noise hits all
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 
+import benchmarks.calibrate
 import benchmarks.inference
 import benchmarks.load
 import benchmarks.qat
@@ -35,6 +37,7 @@ BENCHMARKS = {
     "load": (benchmarks.load.LoadArguments, benchmarks.load.run),
     "qat": (benchmarks.qat.QATArguments, benchmarks.qat.run),
     "quantize": (benchmarks.quantize.QuantizeArguments, benchmarks.quantize.run),
+    "calibrate": (benchmarks.calibrate.CalibrateArguments, benchmarks.calibrate.run),
 }
 
 

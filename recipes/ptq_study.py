@@ -22,7 +22,7 @@ from evaluation import EvaluationArguments, evaluate_model
 from modeling import build_processor
 from peers import PeerMethod, peer_methods
 from repvgg_hf.analysis import bits_per_weight
-from results import write_json
+from results import by_kind, mean, write_json
 
 PLAIN = {"error_compensation": False, "bias_correction": False, "tuning_steps": 0}
 CHANNEL = {"granularity": "per_channel"}
@@ -162,16 +162,6 @@ def main(arguments: list[str] | None = None) -> dict:
     return record
 
 
-def by_kind(models: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
-    """The rows of all seeds for every line, `{kind: {line: rows}}`; a model's name is `kind/seed`."""
-    kinds = {}
-    for name, results in models.items():
-        lines = kinds.setdefault(name.split("/")[0], {})
-        for line, row in results.items():
-            lines.setdefault(line, []).append(row)
-    return kinds
-
-
 def markdown(record: dict) -> str:
     """For each kind of model a table of mean top-1: methods against bits."""
     seeds = sorted({name.partition("/")[2] for name in record["models"]} - {""})
@@ -183,10 +173,6 @@ def markdown(record: dict) -> str:
     for kind, results in by_kind(record["models"]).items():
         text += ["", *table_of_methods(kind, results), "", *table_of_others(results)]
     return "\n".join(text).strip() + "\n"
-
-
-def mean(rows: list[dict], figure: str = "top1") -> float:
-    return sum(row[figure] for row in rows) / len(rows)
 
 
 def table_of_methods(kind: str, results: dict[str, list[dict]]) -> list[str]:

@@ -188,7 +188,8 @@ def main(arguments: list[str] | None = None) -> dict:
     def add(name: str, logits, folder: str, weight_bits: float, reference=None):
         images = len(logits)
         difference = None if reference is None else float(np.abs(logits - reference[:images]).max())
-        figures = {"accuracy": accuracies(logits, labels[:images])["top1"], "images": images}
+        hits = accuracies(logits, labels[:images])
+        figures = {"accuracy": hits["top1"], "top5": hits["top5"], "images": images}
         figures |= {"bytes": checkpoint_bytes(output_dir / folder)}
         rows.append({"model": name, **figures, "bits_per_weight": weight_bits, "largest_logit_difference": difference})
 
@@ -201,7 +202,8 @@ def main(arguments: list[str] | None = None) -> dict:
         add(f"{args.bits} bit, in training", qat_logits, "quantized", packed_bits)
         add(f"{args.bits} bit, packed", quantized_logits, "quantized", packed_bits, qat_logits)
         add(f"{args.bits} bit, reloaded", reloaded_logits, "quantized", packed_bits, quantized_logits)
-        record = {"command": ["recipes/qat.py", *arguments], "seed": args.seed, "results": rows}
+        record = {"command": ["recipes/qat.py", *arguments], "seed": args.seed}
+        record |= {"quantization_config": model.config.quantization_config.to_dict(), "results": rows}
         write_json(output_dir / "qat_results.json", record)
         print_table("Held-out images; difference to the line above", rows)
     accelerator.end_training()

@@ -17,6 +17,20 @@ def write_json(path: str | Path, record: dict) -> None:
     os.replace(temporary, path)
 
 
+def by_kind(models: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
+    """The rows of all seeds for every line of a study, `{kind: {line: rows}}`; a model's name is `kind/seed`."""
+    kinds = {}
+    for name, results in models.items():
+        lines = kinds.setdefault(name.split("/")[0], {})
+        for line, row in results.items():
+            lines.setdefault(line, []).append(row)
+    return kinds
+
+
+def mean(rows: list[dict], figure: str = "top1") -> float:
+    return sum(row[figure] for row in rows) / len(rows)
+
+
 def print_table(title: str, rows: list[dict]) -> None:
     """Show `rows`, which have the same keys; floats with up to four significant places after the point."""
     table = Table(title=title)

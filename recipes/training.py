@@ -106,7 +106,7 @@ def train_phase(
     )  # fmt: skip
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    settings = getattr(model.config, "qat_config", None)
+    settings = model.config.qat_config
     optimizer = build_optimizer(model, learning_rate, args.weight_decay)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     bare = accelerator.unwrap_model(model)

@@ -145,8 +145,8 @@ def check_checkpoint(layers: dict[str, ClusterLayer], files: list[str], expected
     if expected_checksum not in (None, checksum({name: tensor.crc for name, tensor in tensors.items()})):
         raise ValueError(
             f"The tensors in {where} don't fit the checksum in config.json: a file is damaged or of another model. "
-            "Download or save both again; if you changed the weights on purpose, remove checksum from "
-            "quantization_config."
+            "Download both again with force_download=True, or save both again; if you changed the weights on purpose, "
+            "remove checksum from quantization_config."
         )
 
 

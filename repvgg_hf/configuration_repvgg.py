@@ -72,6 +72,8 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
         weights_checksum (`str`, *optional*):
             Of the float weights beside a published `config.json`, to find damage: `from_pretrained` refuses others. A
             quantised model has one in its `quantization_config`. `save_pretrained` leaves it out.
+        qat_config (`dict`, *optional*):
+            How the model is prepared for quantisation-aware training; `prepare_qat` sets it.
 
     Example:
     ```python
@@ -102,6 +104,7 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
     deploy: bool = False
     classifier_dropout: float | int = 0.0
     weights_checksum: str | None = None
+    qat_config: dict | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

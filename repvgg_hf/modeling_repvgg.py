@@ -128,7 +128,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        settings = getattr(self.config, "qat_config", None)
+        settings = self.config.qat_config
         if settings is not None and next(self.parameters()).is_meta:  # from_pretrained: a QAT checkpoint follows
             _import_compression("A checkpoint of quantisation-aware training").restore_qat(self, settings)
 

@@ -174,4 +174,4 @@ def run_memory(args: QATArguments, index: int) -> dict:
         for name in peaks
         if name.endswith("fused") and name != FUSED
     ]
-    return compare(f"{describe(args, index)}, peak memory", "bytes", peaks, ratios)
+    return compare(f"{describe(args, index)}, peak memory", "B", peaks, ratios)

@@ -1,0 +1,159 @@
+"""What quantisation-aware training reaches with few bits, on float checkpoints that `recipes/study.py` trained.
+
+    python recipes/qat_study.py --models OABN/0=outputs/study/oabn BN/0=outputs/study/bn --dataset_name <CIFAR-10>
+
+A model's name is what it is, and the seed of its training: those that differ only there share a table of their means.
+Each line is a run of `recipes/qat.py` (with branches, batch norm statistics frozen). Writes the figures to
+`--output_json` after each one, and goes on from there when started again; beside it the tables made from them, as
+Markdown.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arguments import parse_arguments
+from results import by_kind, mean, write_json
+
+SWITCHES = "--calibration_images 512 --distillation_weight 1"
+# options of qat.py by line
+METHODS = {
+    "uniform (LSQ)": "--method uniform --granularity per_channel",
+    "ClusterQAT": "--granularity per_channel",
+    "ClusterQAT, all switches": f"--granularity per_channel {SWITCHES}",
+}
+# without data there is no range to start from
+ACTIVATIONS = {
+    name: f"--granularity per_channel {SWITCHES} --bits {bits} --activation_bits {activation_bits}"
+    for name, bits, activation_bits in (("W4A8", 4, 8), ("W4A4", 4, 4), ("W2A8", 2, 8))
+}
+
+
+@dataclass
+class QATStudyArguments:
+    """Which models to train, with which bits."""
+
+    models: list[str] = field(
+        metadata={"help": "name/seed=folder of each float checkpoint, such as OABN/0=outputs/study/oabn."}
+    )
+    dataset_name: str = field(metadata={"help": "CIFAR-10: a Hub dataset or a local folder of parquet files."})
+    dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call it in the tables."})
+    image_column_name: str = field(default="img", metadata={"help": "Column with the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
+    augmentation: str = field(default="crop_flip", metadata={"help": "Of training images, as in train.py."})
+    bits: list[int] = field(default_factory=lambda: [4, 3, 2, 1], metadata={"help": "Bits of a weight."})
+    activations: list[str] = field(
+        default_factory=lambda: list(ACTIVATIONS), metadata={"help": f"Of {', '.join(ACTIVATIONS)}."}
+    )
+    num_train_epochs: int = field(default=2, metadata={"help": "Epochs of each run."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images in a batch."})
+    mixed_precision: str = field(default="bf16", metadata={"help": "Of Accelerate: no, bf16 or fp16."})
+    seed: int = field(default=0, metadata={"help": "Of order and augmentation."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
+    output_dir: str = field(default="outputs/qat_study", metadata={"help": "Where models go."})
+    output_json: str = field(default="model_cards/qat_study.json", metadata={"help": "Where the figures go."})
+
+    def __post_init__(self):
+        for name in self.activations:
+            if name not in ACTIVATIONS:
+                raise ValueError(f"--activations must be of {', '.join(ACTIVATIONS)}, got {name!r}.")
+        for model in self.models:
+            if "=" not in model:
+                raise ValueError(f"--models takes name/seed=folder, got {model!r}.")
+
+    def lines(self) -> dict[str, str]:
+        """The options of every line, by its name."""
+        lines = {
+            f"{name}|{bits}": f"{options} --bits {bits}" for name, options in METHODS.items() for bits in self.bits
+        }
+        return lines | {name: ACTIVATIONS[name] for name in self.activations}
+
+
+def train(options: str, folder: str, study: QATStudyArguments) -> dict:
+    """Run qat.py on the float checkpoint in `folder`; what came out, packed, and the float accuracy."""
+    output_dir = Path(study.output_dir)
+    shared = {
+        name: getattr(study, name)
+        for name in (
+            "dataset_name", "image_column_name", "label_column_name", "augmentation", "num_train_epochs",
+            "per_device_train_batch_size", "seed", "max_train_samples", "max_eval_samples", "output_dir",
+        )
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("qat.py")),
+        *options.split(),
+        "--model_name_or_path",
+        folder,
+    ]
+    for name, value in shared.items():
+        if value is not None:
+            command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_MIXED_PRECISION": study.mixed_precision})
+    results = json.loads((output_dir / "qat_results.json").read_text())["results"]
+    rows = {row["model"].split(", ")[-1]: row for row in results}
+    packed = rows["packed"]
+    return {
+        "options": options,
+        "top1": packed["accuracy"],
+        "top5": packed["top5"],
+        "float_top1": rows["with branches"]["accuracy"],
+        "bits_per_weight": packed["bits_per_weight"],
+        "bytes": packed["bytes"],
+        "images": packed["images"],
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    (study,), _ = parse_arguments((QATStudyArguments,), arguments)
+    path = Path(study.output_json)
+    record = {
+        "recipe": "recipes/qat_study.py",
+        "dataset": study.dataset_title,
+        "epochs": study.num_train_epochs,
+        "mixed_precision": study.mixed_precision,
+        "seed": study.seed,
+        "models": json.loads(path.read_text())["models"] if path.exists() else {},
+    }
+    for model in study.models:
+        name, folder = model.split("=", 1)
+        results = record["models"].setdefault(name, {})
+        for line, options in study.lines().items():
+            if line not in results:
+                results[line] = train(options, folder, study)
+                print(f"{name}, {line}: top-1 {results[line]['top1']:.2f}", flush=True)
+                write_json(path, record)
+    path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    print(markdown(record))
+    return record
+
+
+def markdown(record: dict) -> str:
+    """For each kind of model a table of mean top-1: methods against bits."""
+    images = next(row["images"] for results in record["models"].values() for row in results.values())
+    text = [
+        f"Top-1 in percent on {images:,} images of {record['dataset']}, after {record['epochs']} epochs of "
+        f"quantisation-aware training; seed {record['seed']}."
+    ]
+    for kind, results in by_kind(record["models"]).items():
+        bits = sorted({int(line.split("|")[1]) for line in results if "|" in line}, reverse=True)
+        seeds = sum(name.split("/")[0] == kind for name in record["models"])
+        float_top1 = mean([row for rows in results.values() for row in rows], "float_top1")
+        title = f"{kind}, float {float_top1:.2f}" + (f", mean of {seeds} networks" if seeds > 1 else "")
+        text += ["", f"| {title} | " + " | ".join(f"{b} bit" for b in bits) + " |", "|---|" + "---|" * len(bits)]
+        for method in METHODS:
+            cells = [results.get(f"{method}|{b}") for b in bits]
+            text.append(f"| {method} | " + " | ".join("" if c is None else f"{mean(c):.2f}" for c in cells) + " |")
+        others = [name for name in ACTIVATIONS if name in results]
+        if others:
+            text += ["", "| weights and activations, all switches | top-1 |", "|---|---|"]
+            text += [f"| {name} | {mean(results[name]):.2f} |" for name in others]
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main()
