@@ -186,8 +186,7 @@ class ClusterLayer(nn.Module):
         fix = "the checkpoint is damaged: download it again or quantise the float model again."
         codebook = self.weight_codebook.float()
         for tensor, values in (("weight_codebook", codebook), ("weight_scale", self.weight_scale)):
-            # this runs for every layer at load: three operations, where isfinite().all() takes six
-            if values is not None and not values.abs().max().item() < math.inf:
+            if values is not None and not values.isfinite().all():
                 raise ValueError(f"{name}.{tensor} has NaN or infinite entries; {fix}")
         if (codebook[:, 1:] < codebook[:, :-1]).any():
             raise ValueError(f"{name}.weight_codebook is not ascending; {fix}")
@@ -263,9 +262,16 @@ def replace_with_cluster_layers(model: nn.Module, config) -> dict[str, ClusterLa
 @torch.no_grad()
 def check_layers(model: nn.Module) -> None:
     """Check what was loaded into the cluster layers, see [`ClusterLayer.check`]; an offloaded layer is left alone."""
-    for name, layer in cluster_layers(model).items():
-        if not layer.weight_codes.is_meta:
+    layers = cluster_layers(model)
+    loaded = {name: layer for name, layer in layers.items() if not layer.weight_codes.is_meta}
+    # all of them at once: this runs in every load, whose time are calls
+    tensors = [t for layer in loaded.values() for t in (layer.weight_codebook, layer.weight_scale) if t is not None]
+    falls = [(layer.weight_codebook[:, 1:] < layer.weight_codebook[:, :-1]).cpu().view(-1) for layer in loaded.values()]
+    finite = not tensors or torch.cat([t.cpu().float().view(-1) for t in tensors]).abs().max().item() < math.inf
+    if not finite or (falls and torch.cat(falls).any()) or any(layer.activation_bits for layer in loaded.values()):
+        for name, layer in loaded.items():
             layer.check(name)
+    for layer in layers.values():
         layer.forget_weight()
 
 
