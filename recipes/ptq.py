@@ -26,7 +26,7 @@ from modeling import build_processor
 from peers import PeerMethod, peer_methods
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
 from repvgg_hf.analysis.plots import import_matplotlib, plot_accuracy
-from repvgg_hf.compression.calibrated import CalibrationOptions
+from repvgg_hf.compression.calibrated import DEFAULT_TUNING_STEPS, CalibrationOptions
 from results import print_table, write_json
 
 TABLE = ("model", "top1", "top5", "loss", "bytes", "bits_per_weight", "seconds")
@@ -98,6 +98,8 @@ class CalibrationArguments:
             return {"": None}
         if not self.ablation:
             return {"calibrated": options}
+        if options["tuning_steps"] is None:
+            options["tuning_steps"] = DEFAULT_TUNING_STEPS
         steps = {"": options | PLAIN}
         for name in PLAIN:
             if options[name] != PLAIN[name]:

@@ -26,19 +26,20 @@ from results import by_kind, mean, write_json
 
 PLAIN = {"error_compensation": False, "bias_correction": False, "tuning_steps": 0}
 CHANNEL = {"granularity": "per_channel"}
+TUNED = {"tuning_steps": 200}
 # name: (options of quantize, whether they need calibration images)
 METHODS = {
     "uniform, tensor": ({"method": "uniform"}, False),
     "uniform, channel": ({"method": "uniform"} | CHANNEL, False),
-    "uniform, channel, all steps": ({"method": "uniform"} | CHANNEL, True),
+    "uniform, channel, all steps": ({"method": "uniform"} | CHANNEL | TUNED, True),
     "k-means, tensor and scale": ({}, False),
     "k-means, channel": (CHANNEL, False),
     "k-means, channel, by second moments": (CHANNEL | PLAIN | {"sensitivity": "second_moment"}, True),
     "k-means, channel, by Fisher information": (CHANNEL | PLAIN | {"sensitivity": "fisher"}, True),
     "k-means, channel, + error compensation": (CHANNEL | {"bias_correction": False, "tuning_steps": 0}, True),
     "k-means, channel, + bias correction": (CHANNEL | {"tuning_steps": 0}, True),
-    "k-means, channel, + tuning = all steps": (CHANNEL, True),
-    "k-means, tensor and scale, all steps": ({}, True),
+    "k-means, channel, + tuning = all steps": (CHANNEL | TUNED, True),
+    "k-means, tensor and scale, all steps": (TUNED, True),
 }
 ACTIVATIONS = {"W4A8": {"bits": 4, "activation_bits": 8}, "W4A4": {"bits": 4, "activation_bits": 4}}
 TARGETS = (2.5, 3.2)  # bits a weight, mixed precision
@@ -77,8 +78,8 @@ def settings(bits: list[int]) -> dict[str, tuple[dict, bool]]:
     lines = {
         f"{name}|{b}": (options | {"bits": b}, images) for name, (options, images) in METHODS.items() for b in bits
     }
-    lines |= {f"{name}|{name}": (options, True) for name, options in ACTIVATIONS.items()}
-    return lines | {f"mixed|{target}": ({"target_bits_per_weight": target}, True) for target in TARGETS}
+    lines |= {f"{name}|{name}": (options | TUNED, True) for name, options in ACTIVATIONS.items()}
+    return lines | {f"mixed|{target}": ({"target_bits_per_weight": target} | TUNED, True) for target in TARGETS}
 
 
 def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:

@@ -145,6 +145,25 @@ def test_stored_bits_are_those_of_the_checkpoint(model, images):
         assert total / weights == pytest.approx(bits_per_weight(quantized))
 
 
+@pytest.mark.parametrize(
+    ("options", "tunes"),
+    [
+        ({"bits": 2}, False),
+        ({"bits": 1}, True),
+        ({"bits": 2, "bits_overrides": {"classifier": 1}}, True),
+        ({"bits": 4, "activation_bits": 8}, False),
+        ({"bits": 4, "activation_bits": 4}, True),
+        ({"bits": 1, "tuning_steps": 0}, False),
+    ],
+    ids=str,
+)
+def test_tunes_by_default_where_it_helps(options, tunes, model, images, monkeypatch):
+    steps = []
+    monkeypatch.setattr(calibrated, "tune_network", lambda *args: steps.append(args[-2]) or args[2])
+    model.quantize(calibration=images, **options)
+    assert steps == ([200] if tunes else [])
+
+
 def test_inputs_are_rounded_as_packed_layers_will_and_gradients_pass():
     layer = nn.Linear(201, 201, bias=False)
     nn.init.eye_(layer.weight)
