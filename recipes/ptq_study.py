@@ -169,7 +169,8 @@ def markdown(record: dict) -> str:
     text = [
         f"Top-1 in percent on {record['images']:,} images of {record['dataset']}; calibrated on "
         f"{record['calibration_samples']} training images without labels, seed {record['seed']}. "
-        + (f"Means over float networks trained with the seeds {' and '.join(seeds)}." if seeds else "")
+        + "The last column has the bits that a weight takes with the fewest bits, codebooks and scales included."
+        + (f" Means over float networks trained with the seeds {' and '.join(seeds)}." if seeds else "")
     ]
     for kind, results in by_kind(record["models"]).items():
         text += ["", *table_of_methods(kind, results), "", *table_of_others(results)]
@@ -177,17 +178,18 @@ def markdown(record: dict) -> str:
 
 
 def table_of_methods(kind: str, results: dict[str, list[dict]]) -> list[str]:
-    """Ours and other libraries' methods against bits."""
+    """Ours and other libraries' methods against bits, and what the weights take with the fewest, codebooks included."""
     libraries = [line.split("|")[0] for line, rows in results.items() if "library" in rows[0]]
     methods = [*METHODS, *dict.fromkeys(libraries)]
     bits = sorted({int(line.split("|")[1]) for line in results if line.split("|")[0] in methods}, reverse=True)
-    text = [f"| {kind}, float {mean(results['float']):.2f} | " + " | ".join(f"{b} bit" for b in bits) + " |"]
-    text.append("|---|" + "---|" * len(bits))
+    text = [f"| {kind}, float {mean(results['float']):.2f} | " + " | ".join(f"{b} bit" for b in bits) + " | stored |"]
+    text.append("|---|" + "---|" * (len(bits) + 1))
     for method in methods:
         cells = [results.get(f"{method}|{b}") for b in bits]
         if any(cells):
             figures = " | ".join("" if cell is None else f"{mean(cell):.2f}" for cell in cells)
-            text.append(f"| {method} | {figures} |")
+            stored = mean([cell for cell in cells if cell][-1], "bits_per_weight")
+            text.append(f"| {method} | {figures} | {stored:.2f} |")
     return text
 
 

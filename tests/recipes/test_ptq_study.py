@@ -53,14 +53,17 @@ def test_it_goes_on_where_it_stopped(checkpoint, tmp_path):
 
 
 def test_seeds_share_a_table_of_means():
-    rows = {"float": {"top1": 80.0}, "k-means, channel|4": {"top1": 70.0}, "theirs|4": {"top1": 60.0, "library": "x"}}
+    sizes = {"float": 32.0, "k-means, channel|4": 4.5, "theirs|4": 5.0}
+    rows = {line: {"top1": 90.0 - 2 * size, "bits_per_weight": size} for line, size in sizes.items()}
+    rows["theirs|4"]["library"] = "x"
     other = {line: row | {"top1": row["top1"] + 3} for line, row in rows.items()}
     record = {"images": 1, "dataset": "D", "calibration_samples": 2, "seed": 0, "models": {"BN/0": rows, "BN/1": other}}
     script = "import json, sys, ptq_study; print(ptq_study.markdown(json.loads(sys.argv[1])))"
     table = run("-c", script, json.dumps(record)).stdout
     assert "trained with the seeds 0 and 1." in table
     assert table.rstrip().splitlines()[2:] == [
-        "| BN, float 81.50 | 4 bit |", "|---|---|", "| k-means, channel | 71.50 |", "| theirs | 61.50 |",
+        "| BN, float 27.50 | 4 bit | stored |", "|---|---|---|",
+        "| k-means, channel | 82.50 | 4.50 |", "| theirs | 81.50 | 5.00 |",
     ]  # fmt: skip
 
 
