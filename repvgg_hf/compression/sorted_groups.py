@@ -167,7 +167,8 @@ def _histogram(values, weights, centre):
     low, high = values.aminmax(dim=1, keepdim=True)
     scale = COARSE_BINS * (1 - 1e-6) / (high - low).clamp_min(1e-37)
     group = torch.arange(number, dtype=torch.int32, device=values.device)[:, None]
-    columns = [slice(start, start + CHUNK_VALUES // number) for start in range(0, n, CHUNK_VALUES // number)]
+    width = 2 * CHUNK_VALUES // number
+    columns = [slice(start, start + width) for start in range(0, n, width)]
 
     def weight(part):
         return None if weights is None else weights[:, part].reshape(-1).double()
