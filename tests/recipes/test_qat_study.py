@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BitImageProcessor
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 
@@ -25,6 +26,8 @@ def checkpoint(tmp_path):
     names = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
     config = RepVGGConfig(stem_hidden_size=8, hidden_sizes=[32], depths=[1], strides=[2], **names)
     RepVGGForImageClassification(config).save_pretrained(tmp_path / "model")
+    side = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    BitImageProcessor(**side).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
