@@ -8,6 +8,7 @@ import torch
 
 PIECE = 2**17  # weights at once on a CPU: half a megabyte
 LANES = 4
+BINS_AN_ENTRY = 256
 
 
 def to_rows(kernel: torch.Tensor) -> torch.Tensor:
@@ -94,6 +95,45 @@ def quantize_rows(
         codes[piece] = code
         values = take(own(table, piece), code)
         decoded[piece] = values if scale is None else values.mul_(scale[piece, None])
+    return codes, decoded
+
+
+def lookup_table(codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What [`lookup_rows`] looks up: bins of equal width from the first to the last entry of a codebook `[1, k]`.
+
+    Returns `(codes, low, bins)`: the uint8 codes `[256 * k]` nearest to the bins' middles, the value in the middle of
+    the first one, and bins a unit, both 0-dim.
+    """
+    entries = codebook[0]
+    size = BINS_AN_ENTRY * len(entries)
+    low = entries[0]
+    bins = (size - 1) / (entries[-1] - low).clamp_min(1e-20)
+    first_above = (((entries[1:] + entries[:-1]) / 2 - low) * bins).long() + 1  # the first bin beyond each border
+    steps = torch.zeros(size, dtype=torch.int64, device=codebook.device)
+    steps.scatter_add_(0, first_above.clamp_(max=size - 1), torch.ones_like(first_above))
+    return steps.cumsum(dim=0).to(torch.uint8), low, bins
+
+
+def lookup_rows(
+    rows: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None, table: tuple, with_codes: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """As [`quantize_rows`], in a third of the time, for one codebook `[1, k]` and its `table` from [`lookup_table`].
+
+    Borders between entries are exact to half a bin, 1/512 of the mean distance between entries.
+    """
+    bin_codes, low, bins = table
+    bin_values = codebook[0].index_select(0, bin_codes.int())
+    factor = bins.expand(len(rows), 1) if scale is None else (bins / scale)[:, None]
+    shift = 0.5 - low * bins
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device) if with_codes else None
+    decoded = torch.empty(rows.shape, dtype=codebook.dtype, device=rows.device)
+    for piece in pieces(rows):
+        # clamped as integers, where a NaN is one too
+        index = torch.addcmul(shift, rows[piece], factor[piece]).int().clamp_(0, len(bin_codes) - 1).view(-1)
+        values = bin_values.index_select(0, index).view_as(rows[piece])
+        decoded[piece] = values if scale is None else values.mul_(scale[piece, None])
+        if with_codes:
+            codes[piece] = bin_codes.index_select(0, index).view_as(rows[piece])
     return codes, decoded
 
 

@@ -5,7 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .codes import decode_rows, from_rows, quantize_rows, sums_by_code, to_rows
+from .codes import (
+    BINS_AN_ENTRY,
+    decode_rows,
+    from_rows,
+    lookup_rows,
+    lookup_table,
+    quantize_rows,
+    sums_by_code,
+    to_rows,
+)
 from .error_compensation import free_directions
 from .oscillation import OscillationFreezing
 from .weights import TINY, QuantizedWeight
@@ -17,9 +26,10 @@ class _Decode(torch.autograd.Function):
     """The rows that uint8 `codes` `[out, n]` were `decoded` to, as the kernel's quantised value.
 
     The kernel's gradient is that of its quantised value (straight-through), also outside the codebook's range: a weight
-    there can come back. An entry's is the sum over the weights that it stands for, a scale's that over its channel.
-    As in LSQ (arXiv 1902.08153, section 2.2) both are divided by the root of the number of weights; the scale's also by
-    the mean square of what it scales, so that one step changes weights alike through kernels, entries and scales.
+    there can come back. An entry's is the mean over the weights that it stands for, a channel scale's the mean over its
+    channel, over the mean square of what it scales: a step of gradient descent then moves an entry as far as it moves
+    those weights on average, and a scale so far that they grow as much. (The root of the number of weights in the place
+    of the number, as LSQ has it for its steps, arXiv 1902.08153, makes training with SGD diverge.)
     """
 
     @staticmethod
@@ -40,10 +50,10 @@ class _Decode(torch.autograd.Function):
         if scale is not None:
             entries = codebook.repeat_interleave(out // groups, dim=0)
             square = (scale[:, None] * entries).square().mean(dim=1).clamp_min(TINY)
-            grad_scale = (sums * entries).sum(dim=1) / (square * n**0.5)
+            grad_scale = (sums * entries).sum(dim=1) / (square * n)
             by_entry = sums * scale[:, None]
         weights_an_entry = max(1, out * n / (groups * k))
-        grad_codebook = by_entry.view(groups, -1, k).sum(dim=1) / weights_an_entry**0.5
+        grad_codebook = by_entry.view(groups, -1, k).sum(dim=1) / weights_an_entry
         return grad_output, ctx.project(grad_codebook), grad_scale, None, None, None, None
 
 
@@ -70,7 +80,7 @@ class FakeQuantize(nn.Module):
 
     def quantize(self, rows, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 codes of `rows` `[out, n]` and what they stand for, with a float32 codebook."""
-        return quantize_rows(rows, codebook, scale)
+        raise NotImplementedError
 
     @torch.no_grad()
     def codes_and_decoded(self, kernel, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +168,8 @@ class ClusterFakeQuantize(FakeQuantize):
         super().__init__(codebook_dtype, update_every, freezing)
         self.codebook_update, self.momentum = codebook_update, momentum
         self.symmetric, self.preserve_zero = symmetric, preserve_zero
-        self.out = len(weight.codes)
+        self.out, self.weights = len(weight.codes), weight.codes.numel()
+        self.kept = None  # what constants() returned last
         codebook, scale = weight.codebook.float().clone(), None
         if weight.scale is not None:
             groups = len(codebook)
@@ -194,7 +205,41 @@ class ClusterFakeQuantize(FakeQuantize):
         codebook, scale = self.ascending()
         return self.rounded(codebook), scale
 
+    @torch.no_grad()
+    def constants(self) -> tuple[torch.Tensor, torch.Tensor | None, tuple | None]:
+        """What forward passes need between two updates of `"kmeans"`: codebook and scale as [`stored`], in float32, and
+        the codebook's [`lookup_table`] if it stands for enough weights to be worth one.
+        """
+        state = [self.codebook] if self.scale is None else [self.codebook, self.scale]
+        known = not torch.compiler.is_compiling() and not self.codebook.is_inference()
+        versions = [(tensor, tensor._version) for tensor in state] if known else None
+        if known and self.kept is not None and all(a is c and b == d for (a, b), (c, d) in zip(versions, self.kept[0])):
+            return self.kept[1]
+        codebook, scale = self.stored()
+        codebook = codebook.float()
+        constants = codebook, scale, self.table(codebook)
+        self.kept = (versions, constants) if known else None
+        return constants
+
+    def table(self, codebook: torch.Tensor) -> tuple | None:
+        """The [`lookup_table`] of a float32 `codebook`, `None` if comparing weights with the borders is quicker."""
+        groups, k = codebook.shape
+        return lookup_table(codebook) if groups == 1 and self.weights >= BINS_AN_ENTRY * k else None
+
+    def quantize(self, rows, codebook, scale, table=None) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self.table(codebook) if table is None else table
+        return quantize_rows(rows, codebook, scale) if table is None else lookup_rows(rows, codebook, scale, table)
+
     def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+        if self.codebook_update == "kmeans" and self.freezing is None:
+            codebook, scale, table = self.constants()
+            rows = to_rows(kernel.detach()).float()
+            with torch.no_grad():
+                if table is None:
+                    _, decoded = quantize_rows(rows, codebook, scale)
+                else:
+                    _, decoded = lookup_rows(rows, codebook, scale, table, with_codes=False)
+            return _Decode.apply(kernel, None, None, None, decoded, None, None)
         codebook, scale = self.ascending()
         stored = self.rounded(codebook.detach()).float()
         codes, decoded = self.codes_and_decoded(kernel, stored, None if scale is None else scale.detach())
@@ -206,12 +251,14 @@ class ClusterFakeQuantize(FakeQuantize):
 
         An entry that stands for no weight gets half of the weights of the entry with the largest squared error.
         """
-        # in float64, as a GPU adds in any order and ranks should agree
-        rows = to_rows(kernel.detach()).double()
+        rows = to_rows(kernel.detach())
         codebook, scale = self.ascending()
         (out, _), (groups, k) = rows.shape, codebook.shape
-        codes, _ = quantize_rows(rows.float(), codebook, scale)
-        counts, sums = (sums_by_code(values, codes, k) for values in (torch.ones_like(rows), rows))  # [out, k]
+        codes, _ = self.quantize(rows.float(), codebook, scale)
+        counts = sums_by_code(rows.new_ones(1, 1, dtype=torch.float32).expand(rows.shape), codes, k).double()
+        # in float64, as a GPU adds in any order and ranks should agree
+        rows = rows.double()
+        sums = sums_by_code(rows, codes, k)  # [out, k]
         factor = rows.new_ones(out, 1) if scale is None else scale.double()[:, None]
 
         def by_group(values):
@@ -228,8 +275,9 @@ class ClusterFakeQuantize(FakeQuantize):
             entries = codebook.double().repeat_interleave(out // groups, dim=0)
             fitted = (sums * entries).sum(dim=1) / (counts * entries.square()).sum(dim=1).clamp_min(1e-300)
             self.scale.copy_(torch.where(fitted > 0, scale.lerp(fitted.float(), share), scale) / self.channel_unit())
-        squares = by_group(sums_by_code(rows.square(), codes, k))
-        codebook = codebook + project(self._revival(codebook, means, denominator, squares))
+        if (denominator == 0).any():
+            squares = by_group(sums_by_code(rows.square(), codes, k))
+            codebook = codebook + project(self._revival(codebook, means, denominator, squares))
         codebook = codebook if scale is None else codebook * self.unit[:, None]
         self.codebook.copy_(codebook.sort(dim=1).values)
 

@@ -90,6 +90,9 @@ def add_fake_quantizers(
 ) -> None:
     """Make `layer` compute with fake-quantised weight, and input if `inputs` is given."""
     device = next(layer.parameters()).device
+    for module in layer.modules():
+        if isinstance(module, nn.Conv2d):  # as the rows that are quantised, so that no step has to rearrange them
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     layer.__class__ = QAT_CLASSES[type(layer)]
     layer.weight_fake_quant = weight.to(device).train(layer.training)
     if inputs is not None:

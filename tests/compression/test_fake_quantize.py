@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from repvgg_hf import ClusterConfig
-from repvgg_hf.compression.codes import from_rows, quantize_rows, sums_by_code, to_rows
+from repvgg_hf.compression.codes import (
+    from_rows,
+    lookup_rows,
+    lookup_table,
+    quantize_rows,
+    sums_by_code,
+    to_rows,
+)
 from repvgg_hf.compression.distillation import Distillation, distillation_loss, feature_loss
 from repvgg_hf.compression.fake_quantize import ClusterFakeQuantize
 from repvgg_hf.compression.input_quantize import InputFakeQuantize
@@ -47,6 +54,49 @@ def test_pieces_change_nothing(generator, monkeypatch):
     torch.testing.assert_close(sums, by_hand)
 
 
+@pytest.mark.parametrize("k", [2, 4, 16, 256])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_looked_up_entries_are_the_nearest_to_half_a_bin(k, scaled, generator):
+    rows = 2 * torch.randn(6, 5000, generator=generator)
+    codebook = torch.randn(1, k, generator=generator).sort(dim=1).values
+    scale = 0.5 + torch.rand(6, generator=generator) if scaled else None
+    codes, decoded = lookup_rows(rows, codebook, scale, lookup_table(codebook))
+    _, nearest = quantize_rows(rows, codebook, scale)
+    factor = torch.ones(6, 1) if scale is None else scale[:, None]
+    assert torch.equal(decoded, codebook[0][codes.long()] * factor)
+    bin_width = (codebook[0, -1] - codebook[0, 0]) / (256 * k - 1)
+    excess = ((rows - decoded).abs() - (rows - nearest).abs()) / factor
+    assert 0 <= excess.max() <= bin_width * 1.01  # a border may be off by half of that, which counts twice
+    assert (decoded != nearest).float().mean() < 0.01
+    assert torch.equal(lookup_rows(rows, codebook, scale, lookup_table(codebook), with_codes=False)[1], decoded)
+
+
+def test_lookup_of_what_is_no_number_and_of_a_constant_codebook():
+    codebook = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
+    rows = torch.tensor([[float("nan"), -1e6, 1e6, 0.4]])
+    assert lookup_rows(rows, codebook, None, lookup_table(codebook))[1].tolist() == [[-1.0, -1.0, 2.0, 0.0]]
+    constant = torch.full((1, 4), 0.5)
+    assert (lookup_rows(rows, constant, None, lookup_table(constant))[1] == 0.5).all()
+
+
+def test_a_changed_codebook_is_noticed(generator):
+    """However it was changed: the constants that are kept between updates follow."""
+    kernel = torch.randn(8, 64, 3, 3, generator=generator)
+    layer = ClusterFakeQuantize(quantize_weight(kernel, 2, 1, ClusterConfig(bits=2)), torch.float16)
+    before = layer(kernel)
+    assert torch.equal(layer(kernel), before)
+    layer.codebook.mul_(2)
+    assert layer(kernel).abs().max() > 1.5 * before.abs().max()
+    layer.scale.mul_(0.5)
+    torch.testing.assert_close(layer(kernel), copy.deepcopy(layer)(kernel))
+    state = copy.deepcopy(layer.state_dict())
+    layer.codebook.zero_()
+    assert (layer(kernel) == 0).all()
+    layer.load_state_dict(state)
+    assert torch.equal(layer(kernel), layer.quantized(kernel).decoded())
+    assert layer.double()(kernel.double()).dtype == torch.float64
+
+
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 5)])
 def test_rows_and_back(shape, generator):
     kernel = torch.randn(shape, generator=generator)
@@ -76,10 +126,10 @@ def test_codebook_gradients_by_hand(groups, scaled, generator):
     (decoded * direction).sum().backward()
     unit = 1.0 if scale is None else layer.unit[:, None]
     weights_an_entry = kernel.numel() / (4 * groups)
-    torch.testing.assert_close(layer.codebook.grad, book.grad / unit / weights_an_entry**0.5)
+    torch.testing.assert_close(layer.codebook.grad, book.grad / unit / weights_an_entry)
     if scaled:
         square = (entries * factor[:, None]).square().mean(dim=1)
-        expected = factor.grad / (square * 36**0.5) * layer.channel_unit()
+        expected = factor.grad / (square * 36) * layer.channel_unit()
         torch.testing.assert_close(layer.scale.grad, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
