@@ -71,7 +71,7 @@ class QATArguments(PhaseArguments):
     freeze_threshold: float | None = field(default=None, metadata={"help": "Freeze weights that oscillate so often."})
     fused: bool = field(default=False, metadata={"help": "Train the fused kernels instead of the branches."})
     calibration_images: int = field(default=0, metadata={"help": "Start from calibration on so many images."})
-    start: str = field(default="decoded", metadata={"help": "With these: decoded or kernel."})
+    start: str = field(default="kernel", metadata={"help": "With these: kernel or decoded."})
     distillation_weight: float = field(default=0.0, metadata={"help": "Share of the float model's logits in the loss."})
     distillation_temperature: float = field(default=2.0, metadata={"help": "Of these."})
     distillation_features: float = field(default=0.0, metadata={"help": "Weight of its feature maps in the loss."})

@@ -25,6 +25,19 @@ METHODS = {
     "ClusterQAT": "--granularity per_channel",
     "ClusterQAT, all switches": f"--granularity per_channel {SWITCHES}",
 }
+# what could be switched on or changed, one at a time
+SWITCHES_ALONE = {
+    "distillation": "--distillation_weight 0.5",
+    "calibrated start": "--calibration_images 512",
+    "learned codebooks": "--codebook_update gradient",
+    "learned and k-means codebooks": "--codebook_update both",
+    "4 bits for an epoch before": "--anneal_bits 4",
+    "oscillations frozen": "--freeze_threshold 0.02",
+    "batch norm re-estimated": "--batch_norm_every 100",
+}
+METHODS |= {f"ClusterQAT, {name}": f"--granularity per_channel {option}" for name, option in SWITCHES_ALONE.items()}
+# two entries are a coarse start: the kernels have further to go
+LEARNING_RATES = {1: 0.04}
 # without data there is no range to start from
 ACTIVATIONS = {
     name: f"--granularity per_channel {SWITCHES} --bits {bits} --activation_bits {activation_bits}"
@@ -45,6 +58,9 @@ class QATStudyArguments:
     label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
     augmentation: str = field(default="crop_flip", metadata={"help": "Of training images, as in train.py."})
     bits: list[int] = field(default_factory=lambda: [4, 3, 2, 1], metadata={"help": "Bits of a weight."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS)[:3], metadata={"help": f"Of {', '.join(METHODS)}."}
+    )
     activations: list[str] = field(
         default_factory=lambda: list(ACTIVATIONS), metadata={"help": f"Of {', '.join(ACTIVATIONS)}."}
     )
@@ -58,9 +74,10 @@ class QATStudyArguments:
     output_json: str = field(default="model_cards/qat_study.json", metadata={"help": "Where the figures go."})
 
     def __post_init__(self):
-        for name in self.activations:
-            if name not in ACTIVATIONS:
-                raise ValueError(f"--activations must be of {', '.join(ACTIVATIONS)}, got {name!r}.")
+        for option, known in (("methods", METHODS), ("activations", ACTIVATIONS)):
+            for name in getattr(self, option):
+                if name not in known:
+                    raise ValueError(f"--{option} must be of {', '.join(known)}, got {name!r}.")
         for model in self.models:
             if "=" not in model:
                 raise ValueError(f"--models takes name/seed=folder, got {model!r}.")
@@ -68,7 +85,9 @@ class QATStudyArguments:
     def lines(self) -> dict[str, str]:
         """The options of every line, by its name."""
         lines = {
-            f"{name}|{bits}": f"{options} --bits {bits}" for name, options in METHODS.items() for bits in self.bits
+            f"{name}|{bits}": f"{METHODS[name]} --bits {bits} --learning_rate {LEARNING_RATES.get(bits, 0.01)}"
+            for bits in self.bits
+            for name in self.methods
         }
         return lines | {name: ACTIVATIONS[name] for name in self.activations}
 
@@ -147,7 +166,8 @@ def markdown(record: dict) -> str:
         text += ["", f"| {title} | " + " | ".join(f"{b} bit" for b in bits) + " |", "|---|" + "---|" * len(bits)]
         for method in METHODS:
             cells = [results.get(f"{method}|{b}") for b in bits]
-            text.append(f"| {method} | " + " | ".join("" if c is None else f"{mean(c):.2f}" for c in cells) + " |")
+            if any(cells):
+                text.append(f"| {method} | " + " | ".join("" if c is None else f"{mean(c):.2f}" for c in cells) + " |")
         others = [name for name in ACTIVATIONS if name in results]
         if others:
             text += ["", "| weights and activations, all switches | top-1 |", "|---|---|"]

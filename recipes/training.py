@@ -132,7 +132,8 @@ def train_phase(
         total, feed, start = 0.0, Feed(loader), time.perf_counter()
         for batch in feed:
             with accelerator.accumulate(model):
-                loss = loss_of(model, batch)
+                with accelerator.autocast():  # of all models that the loss needs
+                    loss = loss_of(model, batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -7,7 +7,7 @@ from .fake_quantize import CODEBOOK_UPDATES
 _CHOICES = {
     "codebook_update": CODEBOOK_UPDATES,
     "activation_update": ("gradient", "moving_average"),
-    "start": ("decoded", "kernel"),
+    "start": ("kernel", "decoded"),
 }
 
 
@@ -29,8 +29,10 @@ class QATOptions:
         freeze_threshold: freeze weights whose code oscillates more often than in this share of steps (0.01 to 0.1 are
             usual); `None` freezes none.
         freeze_momentum: of the moving average of that share.
-        start: with `calibration`: `"decoded"` moves the kernels onto their calibrated values, so that training begins
-            with exactly the calibrated model; `"kernel"` keeps the float kernels, with the calibrated codebooks.
+        start: with `calibration`: `"kernel"` keeps the float kernels, with the calibrated codebooks and biases;
+            `"decoded"` also moves the kernels onto their calibrated values, so that training begins with exactly the
+            calibrated model. Then no code changes until many change at once, which a large learning rate makes of it:
+            for small ones.
 
     Raises `ValueError` that names the argument and what it accepts.
     """
@@ -43,7 +45,7 @@ class QATOptions:
     activation_momentum: float = 0.99
     freeze_threshold: float | None = None
     freeze_momentum: float = 0.99
-    start: str = "decoded"
+    start: str = "kernel"
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():

@@ -94,9 +94,17 @@ def test_in_half_precision_the_codebooks_stay_whole(make_model, batch, tmp_path)
 
 
 def test_calibrated_start(make_model, batch):
-    """Training begins with exactly the calibrated model."""
+    """Training begins with exactly the calibrated model, or with its codebooks and biases."""
     options = {"bits": 2, "granularity": "per_channel", "calibration": batch["pixel_values"], "tuning_steps": 5}
     for form in ("train", "deploy"):
-        expected = logits(make_model(form).quantize(**options), batch)
+        calibrated = make_model(form).quantize(**options)
+        model = make_model(form).prepare_qat(**options, start="decoded")
+        torch.testing.assert_close(logits(model, batch), logits(calibrated, batch), rtol=1e-3, atol=1e-4)
         model = make_model(form).prepare_qat(**options)
-        torch.testing.assert_close(logits(model, batch), expected, rtol=1e-3, atol=1e-4)
+        for name, fake in fake_quantizers(model).items():
+            layer, expected = model.get_submodule(name), calibrated.get_submodule(name)
+            assert torch.equal(fake.stored()[0], expected.weight_codebook)
+            kernel = make_model("deploy").get_submodule(name).weight
+            torch.testing.assert_close(layer.kernel(), kernel, rtol=1e-4, atol=1e-5)
+            bias = layer.bias if form == "deploy" or name == "classifier" else layer.equivalent()[1]
+            torch.testing.assert_close(bias, expected.bias, rtol=1e-4, atol=1e-5)
