@@ -3,9 +3,9 @@
     python recipes/qat_study.py --models OABN/0=outputs/study/oabn BN/0=outputs/study/bn --dataset_name <CIFAR-10>
 
 A model's name is what it is, and the seed of its training: those that differ only there share a table of their means.
-Each line is a run of `recipes/qat.py` (with branches, batch norm statistics frozen). Writes the figures to
-`--output_json` after each one, and goes on from there when started again; beside it the tables made from them, as
-Markdown.
+Each line is a run of `recipes/qat.py` (with branches, batch norm statistics frozen, codebooks per channel). Writes the
+figures to `--output_json` after each one, beside it the tables made from them, as Markdown, and goes on from there when
+started again. Several may share the file, on other models and with other `--output_dir`.
 """
 
 import json
@@ -18,31 +18,31 @@ from pathlib import Path
 from arguments import parse_arguments
 from results import by_kind, mean, write_json
 
-SWITCHES = "--calibration_images 512 --distillation_weight 1"
+DISTILLED = "--distillation_weight 0.5"
 # options of qat.py by line
 METHODS = {
-    "uniform (LSQ)": "--method uniform --granularity per_channel",
-    "ClusterQAT": "--granularity per_channel",
-    "ClusterQAT, all switches": f"--granularity per_channel {SWITCHES}",
+    "uniform (LSQ)": "--method uniform",
+    "ClusterQAT": "",
+    "ClusterQAT, distilled": DISTILLED,
 }
-# what could be switched on or changed, one at a time
-SWITCHES_ALONE = {
-    "distillation": "--distillation_weight 0.5",
-    "calibrated start": "--calibration_images 512",
+# what else can be switched on or changed, one at a time
+SWITCHES = {
+    "calibrated codebooks": "--calibration_images 512",
+    "calibrated kernels": "--calibration_images 512 --start decoded",
     "learned codebooks": "--codebook_update gradient",
     "learned and k-means codebooks": "--codebook_update both",
     "4 bits for an epoch before": "--anneal_bits 4",
     "oscillations frozen": "--freeze_threshold 0.02",
     "batch norm re-estimated": "--batch_norm_every 100",
 }
-METHODS |= {f"ClusterQAT, {name}": f"--granularity per_channel {option}" for name, option in SWITCHES_ALONE.items()}
-# two entries are a coarse start: the kernels have further to go
-LEARNING_RATES = {1: 0.04}
+METHODS |= {f"ClusterQAT, {name}": options for name, options in SWITCHES.items()}
 # without data there is no range to start from
 ACTIVATIONS = {
-    name: f"--granularity per_channel {SWITCHES} --bits {bits} --activation_bits {activation_bits}"
+    name: f"{DISTILLED} --calibration_images 512 --bits {bits} --activation_bits {activation_bits}"
     for name, bits, activation_bits in (("W4A8", 4, 8), ("W4A4", 4, 4), ("W2A8", 2, 8))
 }
+# two entries are a coarse start: the kernels have further to go
+LEARNING_RATES = {1: 0.04}
 
 
 @dataclass
@@ -106,6 +106,8 @@ def train(options: str, folder: str, study: QATStudyArguments) -> dict:
         sys.executable,
         str(Path(__file__).with_name("qat.py")),
         *options.split(),
+        "--granularity",
+        "per_channel",
         "--model_name_or_path",
         folder,
     ]
@@ -130,25 +132,33 @@ def train(options: str, folder: str, study: QATStudyArguments) -> dict:
 def main(arguments: list[str] | None = None) -> dict:
     (study,), _ = parse_arguments((QATStudyArguments,), arguments)
     path = Path(study.output_json)
-    record = {
-        "recipe": "recipes/qat_study.py",
-        "dataset": study.dataset_title,
-        "epochs": study.num_train_epochs,
-        "mixed_precision": study.mixed_precision,
-        "seed": study.seed,
-        "models": json.loads(path.read_text())["models"] if path.exists() else {},
-    }
     for model in study.models:
         name, folder = model.split("=", 1)
-        results = record["models"].setdefault(name, {})
         for line, options in study.lines().items():
-            if line not in results:
-                results[line] = train(options, folder, study)
-                print(f"{name}, {line}: top-1 {results[line]['top1']:.2f}", flush=True)
-                write_json(path, record)
-    path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+            if line in recorded(path).get(name, {}):
+                continue
+            row = train(options, folder, study)
+            print(f"{name}, {line}: top-1 {row['top1']:.2f}", flush=True)
+            models = recorded(path)
+            models.setdefault(name, {})[line] = row
+            record = {
+                "recipe": "recipes/qat_study.py",
+                "dataset": study.dataset_title,
+                "epochs": study.num_train_epochs,
+                "mixed_precision": study.mixed_precision,
+                "seed": study.seed,
+                "models": dict(sorted(models.items())),
+            }
+            write_json(path, record)
+            path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    record = json.loads(path.read_text())
     print(markdown(record))
     return record
+
+
+def recorded(path: Path) -> dict:
+    """The figures in the file so far, by model and line."""
+    return json.loads(path.read_text())["models"] if path.exists() else {}
 
 
 def markdown(record: dict) -> str:
@@ -170,7 +180,7 @@ def markdown(record: dict) -> str:
                 text.append(f"| {method} | " + " | ".join("" if c is None else f"{mean(c):.2f}" for c in cells) + " |")
         others = [name for name in ACTIVATIONS if name in results]
         if others:
-            text += ["", "| weights and activations, all switches | top-1 |", "|---|---|"]
+            text += ["", "| weights and activations, ClusterQAT distilled | top-1 |", "|---|---|"]
             text += [f"| {name} | {mean(results[name]):.2f} |" for name in others]
     return "\n".join(text) + "\n"
 

@@ -18,7 +18,7 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run_study, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(figures.read_text())
     results = record["models"]["tiny/7"]
-    assert list(results) == ["uniform (LSQ)|2", "ClusterQAT|2", "ClusterQAT, all switches|2", "W4A8"]
+    assert list(results) == ["uniform (LSQ)|2", "ClusterQAT|2", "ClusterQAT, distilled|2", "W4A8"]
     packed = json.loads((tmp_path / "qat" / "qat_results.json").read_text())  # of the last line
     assert packed["quantization_config"]["activation_bits"] == 8 and packed["quantization_config"]["bits"] == 4
     assert results["W4A8"]["top1"] == next(r["accuracy"] for r in packed["results"] if r["model"] == "4 bit, packed")
