@@ -62,7 +62,7 @@ class QATStudyArguments:
         default_factory=lambda: list(METHODS)[:3], metadata={"help": f"Of {', '.join(METHODS)}."}
     )
     activations: list[str] = field(
-        default_factory=lambda: list(ACTIVATIONS), metadata={"help": f"Of {', '.join(ACTIVATIONS)}."}
+        default_factory=lambda: list(ACTIVATIONS), metadata={"help": f"Of {', '.join(ACTIVATIONS)}; or none."}
     )
     num_train_epochs: int = field(default=2, metadata={"help": "Epochs of each run."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images in a batch."})
@@ -74,6 +74,8 @@ class QATStudyArguments:
     output_json: str = field(default="model_cards/qat_study.json", metadata={"help": "Where the figures go."})
 
     def __post_init__(self):
+        if self.activations == ["none"]:
+            self.activations = []
         for option, known in (("methods", METHODS), ("activations", ACTIVATIONS)):
             for name in getattr(self, option):
                 if name not in known:

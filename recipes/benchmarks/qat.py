@@ -38,6 +38,7 @@ class QATArguments(BenchmarkArguments):
     )
     compiled: bool = field(default=False, metadata={"help": "Also with torch.compile."})
     dkm: bool = field(default=True, metadata={"help": "Also coremltools' DKMPalettizer, if it is installed."})
+    time: bool = field(default=True, metadata={"help": "Measure the time of a step."})
     memory: bool = field(default=True, metadata={"help": "Also peak memory, each side in a process of its own."})
     side: str | None = field(default=None, metadata={"help": "Only print this side's peak memory (used by itself)."})
 
@@ -138,8 +139,10 @@ def run(args: QATArguments) -> list[dict]:
         sys.exit()
     records = []
     for index in range(len(args.variants)):
-        for compiled in (False, True) if args.compiled else (False,):
-            records.append(run_one(args, index, compiled))
+        if args.time:
+            records.append(run_one(args, index, compiled=False))
+        if args.compiled:
+            records.append(run_one(args, index, compiled=True))
         if args.memory:
             records.append(run_memory(args, index))
     return records
@@ -161,6 +164,8 @@ def run_one(args: QATArguments, index: int, compiled: bool) -> dict:
         if name.endswith("fused") and name != FUSED:
             ours = name.startswith("ClusterQAT")
             ratios.append((name, FUSED, BARS.get(args.batch_sizes[index]) if ours else None))
+            if ours:
+                ratios.append((name, BRANCHES, BRANCHES_BAR))
         elif name.endswith("branches") and name != BRANCHES:
             ratios.append((name, BRANCHES, BRANCHES_BAR if args.batch_sizes[index] in BARS else None))
     setting = describe(args, index) + (", torch.compile" if compiled else "")

@@ -104,15 +104,18 @@ class FakeQuantize(nn.Module):
             self.known_steps = int(self.steps)
         return self.known_steps
 
+    def is_due(self) -> bool:
+        """Whether [`step`] needs the kernel next time."""
+        return self.freezing is not None or (self.count() + 1) % self.update_every == 0
+
     @torch.no_grad()
     def step(self, kernel: Callable[[], torch.Tensor]) -> None:
         """What is to be done after an optimiser step; `kernel` computes the new kernel, if that is needed."""
+        if self.is_due():
+            kernel = kernel()
         self.known_steps = self.count() + 1
         self.steps += 1
-        due = self.known_steps % self.update_every == 0
-        if due or self.freezing is not None:
-            kernel = kernel()
-        if due:
+        if self.known_steps % self.update_every == 0:
             self.update(kernel)
         if self.freezing is not None:
             codebook, scale = self.stored()

@@ -157,13 +157,33 @@ def _input_quantizer(input_range, config: ClusterConfig, options: QATOptions) ->
 
 @torch.no_grad()
 def update_codebooks(model: nn.Module) -> None:
-    """Move what is to be moved after an optimiser step. Call it once after each one, on every rank."""
-    for layer in qat_layers(model).values():
+    """Move what is to be moved after an optimiser step. Call it once after each one, on every rank.
+
+    Kernels that `fully_shard` (FSDP) has spread over the ranks are gathered for it. FSDP takes contiguous parameters
+    only: call `model.to(memory_format=torch.contiguous_format)` after `prepare_qat`. Leave the codebooks to k-means
+    there, so that they are no parameters.
+    """
+    layers = qat_layers(model)
+    sharded = _sharded_modules(model) if any(layer.weight_fake_quant.is_due() for layer in layers.values()) else []
+    for module in sharded:
+        module.unshard()
+    for layer in layers.values():
         if isinstance(layer, QATReparamConv2d) and layer.estimates_statistics:
             _average_statistics(layer)
         layer.weight_fake_quant.step(layer.kernel)
         if isinstance(layer, QATReparamConv2d):
             layer.choose_statistics()
+    for module in sharded:
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` whose parameters are spread over the ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _average_statistics(block: ReparamConv2d) -> None:
