@@ -69,6 +69,9 @@ class QATArguments(PhaseArguments):
     batch_norm_every: int = field(default=0, metadata={"help": "Steps between estimates of batch norm statistics."})
     activation_update: str = field(default="gradient", metadata={"help": "gradient or moving_average."})
     freeze_threshold: float | None = field(default=None, metadata={"help": "Freeze weights that oscillate so often."})
+    blend_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the training in which it goes over from float weights; for 1 bit 0.5."}
+    )
     fused: bool = field(default=False, metadata={"help": "Train the fused kernels instead of the branches."})
     calibration_images: int = field(default=0, metadata={"help": "Start from calibration on so many images."})
     start: str = field(default="kernel", metadata={"help": "With these: kernel or decoded."})
@@ -78,6 +81,10 @@ class QATArguments(PhaseArguments):
     anneal_bits: list[int] = field(default_factory=list, metadata={"help": "Bits to train with before, such as 8 4."})
     num_anneal_epochs: int = field(default=1, metadata={"help": "Epochs with each of them."})
     report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
+
+    def __post_init__(self):
+        if not 0 <= self.blend_ratio <= 1:
+            raise ValueError(f"--blend_ratio must be from 0 to 1, got {self.blend_ratio}.")
 
     def quantization_config(self) -> repvgg_hf.ClusterConfig:
         return repvgg_hf.ClusterConfig(
@@ -166,6 +173,9 @@ def main(arguments: list[str] | None = None) -> dict:
             splits["train"].shuffle(seed=args.seed).select(range(min(len(splits["train"]), args.calibration_images)))
         )
         qat_options["calibration"] = with_pixel_values(images, data_args, processor, train=False)
+    batches = -(-len(train_data[0]) // (args.per_device_train_batch_size * accelerator.num_processes))
+    steps = args.num_train_epochs * -(-batches // args.gradient_accumulation_steps)
+    qat_options["blend_steps"] = round(args.blend_ratio * steps)
     stages = args.stages()
     for phase, bits, epochs in stages:
         if phase == stages[0][0]:

@@ -18,15 +18,17 @@ from pathlib import Path
 from arguments import parse_arguments
 from results import by_kind, mean, write_json
 
-DISTILLED = "--distillation_weight 0.5"
+SWITCHES = "--distillation_weight 0.5 --blend_ratio 0.5"
 # options of qat.py by line
 METHODS = {
     "uniform (LSQ)": "--method uniform",
     "ClusterQAT": "",
-    "ClusterQAT, distilled": DISTILLED,
+    "ClusterQAT, all switches": SWITCHES,
 }
-# what else can be switched on or changed, one at a time
-SWITCHES = {
+# these and others, one at a time
+SINGLE = {
+    "distilled": "--distillation_weight 0.5",
+    "blended": "--blend_ratio 0.5",
     "calibrated codebooks": "--calibration_images 512",
     "calibrated kernels": "--calibration_images 512 --start decoded",
     "learned codebooks": "--codebook_update gradient",
@@ -35,10 +37,10 @@ SWITCHES = {
     "oscillations frozen": "--freeze_threshold 0.02",
     "batch norm re-estimated": "--batch_norm_every 100",
 }
-METHODS |= {f"ClusterQAT, {name}": options for name, options in SWITCHES.items()}
+METHODS |= {f"ClusterQAT, {name}": options for name, options in SINGLE.items()}
 # without data there is no range to start from
 ACTIVATIONS = {
-    name: f"{DISTILLED} --calibration_images 512 --bits {bits} --activation_bits {activation_bits}"
+    name: f"{SWITCHES} --calibration_images 512 --bits {bits} --activation_bits {activation_bits}"
     for name, bits, activation_bits in (("W4A8", 4, 8), ("W4A4", 4, 4), ("W2A8", 2, 8))
 }
 # two entries are a coarse start: the kernels have further to go
@@ -182,7 +184,7 @@ def markdown(record: dict) -> str:
                 text.append(f"| {method} | " + " | ".join("" if c is None else f"{mean(c):.2f}" for c in cells) + " |")
         others = [name for name in ACTIVATIONS if name in results]
         if others:
-            text += ["", "| weights and activations, ClusterQAT distilled | top-1 |", "|---|---|"]
+            text += ["", "| weights and activations, all switches | top-1 |", "|---|---|"]
             text += [f"| {name} | {mean(results[name]):.2f} |" for name in others]
     return "\n".join(text) + "\n"
 

@@ -65,14 +65,33 @@ def power_of_two(values: torch.Tensor) -> torch.Tensor:
 class FakeQuantize(nn.Module):
     """Maps a kernel `[out, ...]` to its quantised value. Base of [`ClusterFakeQuantize`] and `UniformFakeQuantize`.
 
-    Its state, a count of steps among it, is persistent: part of every checkpoint.
+    In the first `blend_steps` steps training goes over to it from the float kernel, of which it is given a linearly
+    falling share (alpha-blending, arXiv 1903.01061). Its state, a count of steps among it, is persistent: part of every
+    checkpoint.
     """
 
-    def __init__(self, codebook_dtype: torch.dtype, update_every: int = 1, freezing: OscillationFreezing | None = None):
+    def __init__(
+        self,
+        codebook_dtype: torch.dtype,
+        update_every: int = 1,
+        freezing: OscillationFreezing | None = None,
+        blend_steps: int = 0,
+    ):
         super().__init__()
         self.codebook_dtype, self.update_every, self.freezing = codebook_dtype, update_every, freezing
+        self.blend_steps, self.blends = blend_steps, blend_steps > 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.known_steps: int | None = 0  # the same without a wait for the device; None after loading
+
+    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+        quantized = self.fake_quantized(kernel)
+        if not (self.blends and self.training):
+            return quantized
+        return kernel.lerp(quantized, (self.steps / self.blend_steps).clamp_max(1).to(kernel.dtype))
+
+    def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
+        """The quantised value of `kernel`, with gradients for it and for what is learned of codebook and scale."""
+        raise NotImplementedError
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The codebook `[groups, 2**bits]` in the dtype that it is saved in, and the scale `[out]` or `None`."""
@@ -115,6 +134,7 @@ class FakeQuantize(nn.Module):
             kernel = kernel()
         self.known_steps = self.count() + 1
         self.steps += 1
+        self.blends = self.known_steps < self.blend_steps
         if self.known_steps % self.update_every == 0:
             self.update(kernel)
         if self.freezing is not None:
@@ -135,7 +155,7 @@ class FakeQuantize(nn.Module):
                     "checkpoint (qat_config in its config.json), or begin anew from a float checkpoint."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.known_steps = None
+        self.known_steps, self.blends = None, self.blend_steps > 0
 
 
 class ClusterFakeQuantize(FakeQuantize):
@@ -151,6 +171,7 @@ class ClusterFakeQuantize(FakeQuantize):
         update_every: steps between updates, which are as large as that many would be together.
         symmetric, preserve_zero: what the codebook must keep to, see `ClusterConfig`.
         freezing: state of the freezing of oscillating weights.
+        blend_steps: in which training goes over from the float kernel.
 
     The float32 codebook `[groups, 2**bits]` and scale `[out]` are persistent. They are kept in such units that entries
     are as large as weights and scales are near 1, whatever the stored ones are: so the learning rate of a kernel, with
@@ -167,8 +188,9 @@ class ClusterFakeQuantize(FakeQuantize):
         symmetric: bool = False,
         preserve_zero: bool = False,
         freezing: OscillationFreezing | None = None,
+        blend_steps: int = 0,
     ):
-        super().__init__(codebook_dtype, update_every, freezing)
+        super().__init__(codebook_dtype, update_every, freezing, blend_steps)
         self.codebook_update, self.momentum = codebook_update, momentum
         self.symmetric, self.preserve_zero = symmetric, preserve_zero
         self.out, self.weights = len(weight.codes), weight.codes.numel()
@@ -233,7 +255,7 @@ class ClusterFakeQuantize(FakeQuantize):
         table = self.table(codebook) if table is None else table
         return quantize_rows(rows, codebook, scale) if table is None else lookup_rows(rows, codebook, scale, table)
 
-    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+    def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
         if self.codebook_update == "kmeans" and self.freezing is None:
             codebook, scale, table = self.constants()
             rows = to_rows(kernel.detach()).float()

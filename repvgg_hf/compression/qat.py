@@ -140,10 +140,10 @@ def make_fake_quantizer(weight: QuantizedWeight, config: ClusterConfig, options:
         freezing = OscillationFreezing(weight.codes, options.freeze_threshold, options.freeze_momentum)
     dtype = CODEBOOK_DTYPES[config.codebook_dtype]
     if config.method == "uniform":
-        return UniformFakeQuantize(weight, dtype, config.symmetric, options.update_every, freezing)
+        return UniformFakeQuantize(weight, dtype, config.symmetric, options.update_every, freezing, options.blend_steps)
     return ClusterFakeQuantize(
         weight, dtype, options.codebook_update, options.momentum, options.update_every,
-        config.symmetric, config.preserve_zero, freezing,
+        config.symmetric, config.preserve_zero, freezing, options.blend_steps,
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class QATOptions:
         freeze_threshold: freeze weights whose code oscillates more often than in this share of steps (0.01 to 0.1 are
             usual); `None` freezes none.
         freeze_momentum: of the moving average of that share.
+        blend_steps: optimiser steps in which training goes over from the float kernels to the quantised ones, as a mix
+            of both: for one bit, which a network that was trained with float weights does not survive at once.
         start: with `calibration`: `"kernel"` keeps the float kernels, with the calibrated codebooks and biases;
             `"decoded"` also moves the kernels onto their calibrated values, so that training begins with exactly the
             calibrated model. Then no code changes until many change at once, which a large learning rate makes of it:
@@ -45,6 +47,7 @@ class QATOptions:
     activation_momentum: float = 0.99
     freeze_threshold: float | None = None
     freeze_momentum: float = 0.99
+    blend_steps: int = 0
     start: str = "kernel"
 
     def __post_init__(self):
@@ -54,7 +57,7 @@ class QATOptions:
         for name in ("momentum", "activation_momentum", "freeze_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)!r}.")
-        for name, least in {"update_every": 1, "batch_norm_every": 0}.items():
+        for name, least in {"update_every": 1, "batch_norm_every": 0, "blend_steps": 0}.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -50,6 +50,7 @@ class UniformFakeQuantize(FakeQuantize):
         symmetric: the grid has an exact zero and no offset.
         update_every: steps between updates: none is needed, it only counts.
         freezing: state of the freezing of oscillating weights.
+        blend_steps: in which training goes over from the float kernel.
 
     With a channel scale there is a step `[out]` for each channel, else one for each codebook, `[groups]`. The parameter
     `scale` is the step over a power of two near its start: Adam, which moves all parameters by the learning rate, would
@@ -63,8 +64,9 @@ class UniformFakeQuantize(FakeQuantize):
         symmetric: bool = True,
         update_every: int = 1,
         freezing: OscillationFreezing | None = None,
+        blend_steps: int = 0,
     ):
-        super().__init__(codebook_dtype, update_every, freezing)
+        super().__init__(codebook_dtype, update_every, freezing, blend_steps)
         self.groups, self.k = weight.codebook.shape
         self.spacing = 2 if symmetric and self.k == 2 else 1  # one bit: -1 and 1
         self.first = 0 if not symmetric else -1 if self.k == 2 else -(self.k // 2)
@@ -100,7 +102,7 @@ class UniformFakeQuantize(FakeQuantize):
         codes = ((values - self.first) / self.spacing).round_().clamp_(0, self.k - 1).to(torch.uint8).view(rows.shape)
         return codes, decode_rows(codes, codebook, scale)
 
-    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+    def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
         codebook, scale = self.stored()
         codes, decoded = self.codes_and_decoded(kernel, codebook.float(), scale)
         integers = codes.to(torch.int16) * self.spacing + self.first

@@ -184,6 +184,29 @@ def test_symmetry_and_zero_are_kept(options, update, generator):
     assert torch.equal(stored, -stored.flip(1)) if "symmetric" in options else (stored == 0).any()
 
 
+@pytest.mark.parametrize("method", ["cluster", "uniform"])
+def test_blending_goes_from_the_kernel_to_its_quantised_value(method, generator):
+    kernel = torch.randn(8, 4, 3, 3, generator=generator)
+    weight = quantize_weight(kernel, 2, 1, ClusterConfig(method=method, bits=2))
+    make = {"cluster": ClusterFakeQuantize, "uniform": UniformFakeQuantize}[method]
+    layer = make(weight, torch.float16, update_every=100, blend_steps=4)
+    for step in range(6):
+        share = min(1, step / 4)
+        leaf = kernel.clone().requires_grad_()
+        output = layer(leaf)
+        quantized = layer.eval()(kernel)
+        torch.testing.assert_close(output, (1 - share) * kernel + share * quantized)
+        assert torch.equal(quantized, layer.train().quantized(kernel).decoded())
+        output.sum().backward()
+        assert share < 1 or torch.equal(output, quantized)
+        if method == "cluster":
+            torch.testing.assert_close(leaf.grad, torch.ones_like(kernel))
+        restored = make(weight, torch.float16, update_every=100, blend_steps=4)
+        restored.load_state_dict(layer.state_dict())
+        assert torch.equal(restored(kernel), output)
+        layer.step(lambda: kernel)
+
+
 def lsq_by_formula(weight, step, offset, low, high, spacing):
     """LSQ as its paper writes it, with straight-through rounding, in autograd operations."""
     values = (weight - offset) / step

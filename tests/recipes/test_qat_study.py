@@ -18,7 +18,7 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run_study, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(figures.read_text())
     results = record["models"]["tiny/7"]
-    assert list(results) == ["uniform (LSQ)|2", "ClusterQAT|2", "ClusterQAT, distilled|2", "W4A8"]
+    assert list(results) == ["uniform (LSQ)|2", "ClusterQAT|2", "ClusterQAT, all switches|2", "W4A8"]
     packed = json.loads((tmp_path / "qat" / "qat_results.json").read_text())  # of the last line
     assert packed["quantization_config"]["activation_bits"] == 8 and packed["quantization_config"]["bits"] == 4
     assert results["W4A8"]["top1"] == next(r["accuracy"] for r in packed["results"] if r["model"] == "4 bit, packed")
@@ -45,3 +45,14 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run_study, tmp_path):
 def test_bad_arguments(options, message, run_study):
     done = run_study("qat_study.py", *options, "--dataset_name", "digits")
     assert done.returncode != 0 and message in done.stdout + done.stderr
+
+
+def test_committed_tables_are_made_from_the_committed_json(run_study):
+    script = "import json, sys, qat_study; print(json.dumps(qat_study.markdown(json.load(open(sys.argv[1])))))"
+    tables = {}
+    for figures in sorted((ROOT / "model_cards").glob("qat_*.json")):
+        done = run_study("-c", script, figures)
+        assert done.returncode == 0, done.stderr
+        tables[figures.stem] = json.loads(done.stdout)
+        assert tables[figures.stem] == figures.with_suffix(".md").read_text()
+    assert f"<!-- qat -->\n{tables['qat_study']}<!-- /qat -->" in (ROOT / "README.md").read_text()
