@@ -166,7 +166,7 @@ def recorded(path: Path) -> dict:
 
 
 def markdown(record: dict) -> str:
-    """For each kind of model a table of mean top-1: methods against bits."""
+    """For each kind of model a table of mean top-1, methods against bits; "(of n)" where it is of fewer networks."""
     images = next(row["images"] for results in record["models"].values() for row in results.values())
     text = [
         f"Top-1 in percent on {images:,} images of {record['dataset']}, after {record['epochs']} epochs of "
@@ -174,18 +174,25 @@ def markdown(record: dict) -> str:
     ]
     for kind, results in by_kind(record["models"]).items():
         bits = sorted({int(line.split("|")[1]) for line in results if "|" in line}, reverse=True)
-        seeds = sum(name.split("/")[0] == kind for name in record["models"])
-        float_top1 = mean([row for rows in results.values() for row in rows], "float_top1")
+        networks = [list(rows.values()) for name, rows in record["models"].items() if name.split("/")[0] == kind]
+        seeds, float_top1 = len(networks), mean([rows[0] for rows in networks], "float_top1")
+
+        def cell(line, results=results, seeds=seeds):
+            rows = results.get(line)
+            if rows is None:
+                return ""
+            return f"{mean(rows):.2f}" + (f" (of {len(rows)})" if len(rows) < seeds else "")
+
         title = f"{kind}, float {float_top1:.2f}" + (f", mean of {seeds} networks" if seeds > 1 else "")
         text += ["", f"| {title} | " + " | ".join(f"{b} bit" for b in bits) + " |", "|---|" + "---|" * len(bits)]
         for method in METHODS:
-            cells = [results.get(f"{method}|{b}") for b in bits]
+            cells = [cell(f"{method}|{b}") for b in bits]
             if any(cells):
-                text.append(f"| {method} | " + " | ".join("" if c is None else f"{mean(c):.2f}" for c in cells) + " |")
+                text.append(f"| {method} | " + " | ".join(cells) + " |")
         others = [name for name in ACTIVATIONS if name in results]
         if others:
             text += ["", "| weights and activations, all switches | top-1 |", "|---|---|"]
-            text += [f"| {name} | {mean(results[name]):.2f} |" for name in others]
+            text += [f"| {name} | {cell(name)} |" for name in others]
     return "\n".join(text) + "\n"
 
 
