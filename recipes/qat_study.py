@@ -136,6 +136,17 @@ def train(options: str, folder: str, study: QATStudyArguments) -> dict:
 def main(arguments: list[str] | None = None) -> dict:
     (study,), _ = parse_arguments((QATStudyArguments,), arguments)
     path = Path(study.output_json)
+    settings = {
+        "recipe": "recipes/qat_study.py",
+        "dataset": study.dataset_title,
+        "epochs": study.num_train_epochs,
+        "mixed_precision": study.mixed_precision,
+        "seed": study.seed,
+    }
+    if path.exists():
+        before = {name: value for name, value in json.loads(path.read_text()).items() if name != "models"}
+        if before != settings:
+            raise ValueError(f"{path} has figures of other runs, {before}, now {settings}: give another --output_json.")
     for model in study.models:
         name, folder = model.split("=", 1)
         for line, options in study.lines().items():
@@ -145,14 +156,7 @@ def main(arguments: list[str] | None = None) -> dict:
             print(f"{name}, {line}: top-1 {row['top1']:.2f}", flush=True)
             models = recorded(path)
             models.setdefault(name, {})[line] = row
-            record = {
-                "recipe": "recipes/qat_study.py",
-                "dataset": study.dataset_title,
-                "epochs": study.num_train_epochs,
-                "mixed_precision": study.mixed_precision,
-                "seed": study.seed,
-                "models": dict(sorted(models.items())),
-            }
+            record = settings | {"models": dict(sorted(models.items()))}
             write_json(path, record)
             path.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     record = json.loads(path.read_text())

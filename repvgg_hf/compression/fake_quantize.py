@@ -251,8 +251,8 @@ class ClusterFakeQuantize(FakeQuantize):
         groups, k = codebook.shape
         return lookup_table(codebook) if groups == 1 and self.weights >= BINS_AN_ENTRY * k else None
 
-    def quantize(self, rows, codebook, scale, table=None) -> tuple[torch.Tensor, torch.Tensor]:
-        table = self.table(codebook) if table is None else table
+    def quantize(self, rows, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self.table(codebook)
         return quantize_rows(rows, codebook, scale) if table is None else lookup_rows(rows, codebook, scale, table)
 
     def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,9 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run_study, tmp_path):
     again = json.loads(figures.read_text())["models"]["tiny/7"]
     assert again["ClusterQAT|2"]["top1"] == 12.34 and "W4A8" in again
 
+    mixed = run_study("qat_study.py", *options, "--seed", 1)
+    assert mixed.returncode != 0 and "give another --output_json" in mixed.stderr
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
