@@ -14,7 +14,7 @@ from .sorted_groups import CHUNK_VALUES, SortedGroups
 CANDIDATES = 6  # cuts for each cluster to choose from at first, or one for so many values:
 VALUES_A_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and also for a group alone, which can afford it
 SPAN, LEAST_SPAN = 4, 32  # a cluster takes in at most that multiple of its share of these, or that many
-REFINEMENT = (0.5, 0.1, 0.02)  # how far a cut can move, in widths of the intervals beside it
+REFINEMENT = (0.3, 0.05)  # how far a cut can move, in widths of the intervals beside it
 MOVES = 6  # positions either way to choose from
 CHUNK_CANDIDATES = 12288  # of all groups at a time, which bounds the memory of the dynamic programme to some MB
 

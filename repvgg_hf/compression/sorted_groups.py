@@ -164,7 +164,7 @@ def _histogram(values, weights, centre):
     (Panter and Dite 1951), the cube root of its mass, so that narrow peaks and long tails are both resolved.
     """
     number, n = values.shape
-    low, high = values.aminmax(dim=1, keepdim=True)
+    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # aminmax is not vectorised
     scale = COARSE_BINS * (1 - 1e-6) / (high - low).clamp_min(1e-37)
     group = torch.arange(number, dtype=torch.int32, device=values.device)[:, None]
     width = 2 * CHUNK_VALUES // number

@@ -7,7 +7,7 @@ import torch
 from ..quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
 from .channel_scale import TINY, fit_channel_scale
 from .clustering import kmeans_1d
-from .codes import quantize_rows
+from .codes import nearest_codes
 from .uniform_ranges import best_range, symmetric_integers, whole_range
 
 UNIMPORTANT = 1e-6  # of a channel without importance beside others: it gets a scale all the same
@@ -45,7 +45,7 @@ def scale_channels(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Te
 
 def nearest(weight: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Codes of the entries nearest to `weight` `[out, ...]`, uint8 of its shape; the codebook has `2**bits` entries."""
-    return quantize_rows(weight.reshape(weight.shape[0], -1), codebook, scale)[0].view(weight.shape)
+    return nearest_codes(weight.reshape(weight.shape[0], -1), codebook, scale).view(weight.shape)
 
 
 def quantize_weight(

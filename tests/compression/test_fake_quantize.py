@@ -2,15 +2,21 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from torch import nn
+from torch.nn.functional import pad
 
 from repvgg_hf import ClusterConfig
 from repvgg_hf.compression.codes import (
     from_rows,
     lookup_rows,
     lookup_table,
+    nearest_codes,
     quantize_rows,
     sums_by_code,
     to_rows,
@@ -38,8 +44,27 @@ def test_nearest_entries_and_ties(k, groups, generator):
         expected = torch.searchsorted(middles, values.reshape(groups, -1)).view_as(rows)
         codes, decoded = quantize_rows(rows, codebook, some)
         assert torch.equal(codes.long(), expected)
+        assert torch.equal(nearest_codes(rows, codebook, some), codes)
         entries = codebook.repeat_interleave(6 // groups, dim=0).gather(1, expected)
         assert torch.equal(decoded, entries if some is None else entries * some[:, None])
+
+
+@given(
+    hnp.arrays(np.float32, st.sampled_from([2, 4, 8]), elements=st.floats(-1, 1, width=32), unique=True),
+    st.floats(-3, 3, width=32),
+)
+def test_codes_by_bins_are_exact_on_and_beside_borders(entries, anything):
+    codebook = torch.from_numpy(np.sort(entries))[None]
+    borders = (codebook[:, 1:] + codebook[:, :-1]) / 2
+    infinity = torch.full_like(borders, float("inf"))
+    beside = torch.cat([borders, borders.nextafter(infinity), borders.nextafter(-infinity)], dim=1)
+    values = pad(beside, (0, 4096 - beside.shape[1]), value=anything).view(4, 1024)
+    assert torch.equal(nearest_codes(values, codebook, None).long(), torch.searchsorted(borders[0], values))
+
+
+def test_codes_by_bins_of_values_far_outside():
+    values = torch.tensor([[-3e38, -1e20, 1e20, 3e38]]).repeat(1, 1024)
+    assert nearest_codes(values, torch.tensor([[-1e-3, 1e-3]]), None)[0, :4].tolist() == [0, 0, 1, 1]
 
 
 def test_pieces_change_nothing(generator, monkeypatch):
