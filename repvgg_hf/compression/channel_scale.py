@@ -15,7 +15,7 @@ from .sorted_groups import SortedGroups
 
 TINY = 1e-30  # scale of an all-zero channel: it decodes to nothing, whatever the codebook, and weighs nothing in it
 INT8_MAX = 127
-POINTS, POINTS_A_CHANNEL = 2**16, 96  # that stand for a group's weights where its codebook is made, and least number
+POINTS, POINTS_A_CHANNEL = 2**16, 48  # that stand for a group's weights where its codebook is made, and least number
 NORMS = (2, 8)  # powers whose means the scales start from: the typical magnitude, and nearly the largest
 COARSE = tuple(4.0 ** (i / 12) for i in range(-12, 13))  # factors that a scale is searched among,
 FINE = tuple(1 + i / 64 for i in range(-4, 5))  # and then around the best
