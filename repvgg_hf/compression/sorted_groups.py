@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 HISTOGRAM_VALUES = 2**17  # more values in a group are counted into bins: quicker than sorting them, and much smaller
 COARSE_BINS, FINE_BINS = 2**12, 2**16
 LEAST_BINS = 2**12  # values that fill fewer are sorted after all
-CHUNK_VALUES = 2**16  # of temporaries, which bounds the memory and lets them stay in a cache
+CHUNK_VALUES = 2**17  # of temporaries, which bounds the memory and lets them stay in a cache
 PINNED_MASS = 1e6  # of the point that pins an entry to zero, in multiples of all others' mass
 
 

@@ -7,7 +7,7 @@ import torch
 from ..quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
 from .channel_scale import TINY, fit_channel_scale
 from .clustering import kmeans_1d
-from .codes import nearest_codes
+from .codes import from_rows, nearest_codes, to_rows
 from .uniform_ranges import best_range, symmetric_integers, whole_range
 
 UNIMPORTANT = 1e-6  # of a channel without importance beside others: it gets a scale all the same
@@ -45,7 +45,16 @@ def scale_channels(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Te
 
 def nearest(weight: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Codes of the entries nearest to `weight` `[out, ...]`, uint8 of its shape; the codebook has `2**bits` entries."""
-    return nearest_codes(weight.reshape(weight.shape[0], -1), codebook, scale).view(weight.shape)
+    codes = nearest_codes(rows_in_memory(weight), codebook, scale)
+    return (codes.view(weight.shape) if weight.is_contiguous() else from_rows(codes, weight.shape)).contiguous()
+
+
+def rows_in_memory(weight: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """`weight` `[out, ...]` as `[out, n]`, in the order in which `like`, default itself, lies in memory.
+
+    A view, also of the kernel of a fused convolution, whose channels are last.
+    """
+    return weight.flatten(1) if (weight if like is None else like).is_contiguous() else to_rows(weight)
 
 
 def quantize_weight(
@@ -64,7 +73,7 @@ def quantize_weight(
     Raises `ValueError` if an entry of the codebook does not fit its dtype, or if the importance is not as said.
     """
     weight = weight.detach().float()
-    rows = weight.reshape(weight.shape[0], -1)
+    rows = rows_in_memory(weight)
     if importance is not None:
         importance = importance_of_rows(importance, weight, groups)
     if config.method == "uniform":
@@ -81,7 +90,10 @@ def quantize_weight(
 
 
 def importance_of_rows(importance: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """`importance` as float32 `[out, n]`, up to 1 in each of `groups` groups of channels. See [`quantize_weight`]."""
+    """`importance` as float32 `[out, n]`, in the order of [`rows_in_memory`], up to 1 in each of `groups` groups.
+
+    See [`quantize_weight`].
+    """
     out = weight.shape[0]
     shape = tuple(importance.shape)
     if shape[1:] != tuple(weight.shape[1:]) or shape[0] not in (1, out):
@@ -89,7 +101,7 @@ def importance_of_rows(importance: torch.Tensor, weight: torch.Tensor, groups: i
     importance = importance.detach().float()
     if not (importance.isfinite().all() and (importance >= 0).all()):
         raise ValueError("importance has NaN, infinite or negative entries: it must be finite and not negative.")
-    importance = importance.expand(weight.shape).reshape(groups, -1)
+    importance = rows_in_memory(importance.expand(weight.shape), weight).reshape(groups, -1)
     largest = importance.amax(dim=1, keepdim=True)
     importance = torch.where(largest > 0, importance / largest, 1.0).view(out, -1)
     ignored = importance.amax(dim=1, keepdim=True) == 0

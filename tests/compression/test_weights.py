@@ -36,6 +36,22 @@ def weight(request, generator):
     return weight
 
 
+@pytest.mark.parametrize("important", [False, True], ids=["equal", "important"])
+@pytest.mark.parametrize("channel_scale", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("granularity", GROUPS)
+@pytest.mark.parametrize("method", ["cluster", "uniform"])
+def test_layout_in_memory_changes_nothing(method, granularity, channel_scale, important, weight, generator):
+    options = {"method": method, "channel_scale": channel_scale, "bits": 3}
+    if important:
+        options["importance"] = torch.rand(1, *weight.shape[1:], generator=generator)
+    expected = quantize(weight, granularity, **options)
+    for other in (weight.contiguous(memory_format=torch.channels_last), weight.transpose(0, 2).clone().transpose(0, 2)):
+        quantized = quantize(other, granularity, **options)
+        assert quantized.codes.is_contiguous() and torch.equal(quantized.codes, expected.codes)
+        assert torch.equal(quantized.codebook, expected.codebook)
+        assert quantized.scale is expected.scale is None or torch.equal(quantized.scale, expected.scale)
+
+
 @pytest.mark.parametrize("channel_scale, codebook_dtype", STORED, ids=STORED_IDS)
 @pytest.mark.parametrize("granularity", GROUPS)
 @pytest.mark.parametrize("method", ["cluster", "uniform"])
