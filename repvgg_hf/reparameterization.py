@@ -2,11 +2,12 @@
 
 A *branch* is a module with two methods:
 
-    branch(x, bound) -> y                                      what it adds to the block's output
-    branch.equivalent(kernel_size, bound) -> (kernel, bias)    the same as one convolution, differentiably
+    branch(x, bound) -> y                         what it adds to the block's output
+    branch.equivalent(bound) -> (kernel, bias)    the same as one convolution, differentiably
 
-`kernel` is `[out, in / groups, k, k]` and `bias` is `[out]`. Everything else in the package (fusing, OABN, training on
-the equivalent kernel, analysis) works on these two and never asks which network the block is in.
+`kernel` is `[out, in / groups, height, width]`, of the branch's own odd size, and `bias` is `[out]`. Everything else in
+the package (fusing, OABN, training on the equivalent kernel, analysis) works on these two and never asks which network
+the block is in.
 """
 
 import copy
@@ -98,11 +99,9 @@ class ConvBranch(nn.Module):
         step_h, step_w = self.conv.stride
         return F.conv2d(x[:, :, ::step_h, ::step_w], self.conv.weight, groups=self.conv.groups)
 
-    def equivalent(self, kernel_size, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def equivalent(self, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         scale, bias = _scale_and_bias(self.norm, self.norm_weight(bound))
-        kernel = self.conv.weight * scale.view(-1, 1, 1, 1)
-        pad_h, pad_w = ((k - s) // 2 for k, s in zip(kernel_size, self.conv.kernel_size))
-        return (F.pad(kernel, (pad_w, pad_w, pad_h, pad_h)) if pad_h or pad_w else kernel), bias
+        return self.conv.weight * scale.view(-1, 1, 1, 1), bias
 
 
 class IdentityBranch(nn.Module):
@@ -119,14 +118,34 @@ class IdentityBranch(nn.Module):
     def forward(self, x: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
         return self.norm(x) if bound is None else batch_norm(self.norm, x, self.norm_weight(bound))
 
-    def equivalent(self, kernel_size, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def equivalent(self, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         scale, bias = _scale_and_bias(self.norm, self.norm_weight(bound))
         # output channel o reads input channel o, which is number o % width inside its group
         width = scale.numel() // self.groups
         diagonal = torch.eye(width, dtype=scale.dtype, device=scale.device).repeat(self.groups, 1)  # [out, in/groups]
-        centre = (diagonal * scale[:, None])[:, :, None, None]
-        pad_h, pad_w = kernel_size[0] // 2, kernel_size[1] // 2
-        return F.pad(centre, (pad_w, pad_w, pad_h, pad_h)), bias
+        return (diagonal * scale[:, None])[:, :, None, None], bias
+
+
+class _AddAtCentre(torch.autograd.Function):
+    """`kernel` with a `smaller` one added to its centre, in place: no pass over the rest, nor over its gradient."""
+
+    @staticmethod
+    def forward(ctx, kernel, smaller):
+        ctx.size = smaller.shape[2:]
+        ctx.mark_dirty(kernel)
+        _centre(kernel, ctx.size).add_(smaller)
+        return kernel
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, _centre(grad_output, ctx.size)
+
+
+def _centre(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The view `[..., height, width]` of that odd `size` in the middle of a `kernel`."""
+    for dim, inner in zip((2, 3), size):
+        kernel = kernel.narrow(dim, (kernel.shape[dim] - inner) // 2, inner)
+    return kernel
 
 
 def parse_branch(name: str) -> tuple[int, int] | None:
@@ -217,9 +236,9 @@ class ReparamConv2d(nn.Module):
     def equivalent(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The fused `(kernel [out, in / groups, k, k], bias [out])`, differentiable in every branch's parameters."""
         bounds = self.bounds()
-        parts = [branch.equivalent(self.kernel_size, bounds[name]) for name, branch in self.branches.items()]
-        kernels, biases = zip(*parts)
-        return reduce(add, kernels), reduce(add, biases)
+        parts = [branch.equivalent(bounds[name]) for name, branch in self.branches.items()]
+        kernels, biases = zip(*sorted(parts, key=lambda part: part[0].numel(), reverse=True))  # a dense one first
+        return reduce(_AddAtCentre.apply, kernels), reduce(add, biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_fake_quant is not None:

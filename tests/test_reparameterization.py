@@ -152,11 +152,11 @@ class TestOutlierAwareBatchNorm:
     def test_bound_holds_for_every_contribution(self, make_block, branches, groups, threshold):
         block = make_block(branches, oabn_threshold=threshold, groups=groups)
         with torch.no_grad():
-            plain = {name: branch.equivalent((3, 3))[0] for name, branch in block.branches.items()}
+            plain = {name: branch.equivalent()[0] for name, branch in block.branches.items()}
             variance = sum(plain[name].double().std() ** 2 for name in block.dense_names)
             bound = threshold * variance.sqrt()
             for name, branch in block.branches.items():
-                kernel, _ = branch.equivalent((3, 3), block.bounds()[name])
+                kernel, _ = branch.equivalent(block.bounds()[name])
                 if name in block.dense_names:
                     assert torch.equal(kernel, plain[name])
                 else:
@@ -182,7 +182,7 @@ class TestOutlierAwareBatchNorm:
             for name in block.dense_names:
                 block.branches[name].conv.weight.abs_().add_(1)
                 block.branches[name].norm.weight.abs_()
-            dense = [block.branches[name].equivalent((3, 3))[0].std() for name in block.dense_names]
+            dense = [block.branches[name].equivalent()[0].std() for name in block.dense_names]
         torch.testing.assert_close(block.outlier_bound(), torch.stack(dense).square().sum().sqrt())
 
     def test_gradient_rule(self):

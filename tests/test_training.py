@@ -134,8 +134,8 @@ def test_the_bound_holds_while_training(make_model, batch):
             bounds = conv.bounds()
             for branch_name, bound in bounds.items():
                 if bound is not None:
-                    kernel, _ = conv.branches[branch_name].equivalent((3, 3), bound)
-                    dense, _ = conv.branches["3x3"].equivalent((3, 3))
+                    kernel, _ = conv.branches[branch_name].equivalent(bound)
+                    dense, _ = conv.branches["3x3"].equivalent()
                     assert kernel.abs().max() <= 2.0 * dense.std() * (1 + 1e-5), (name, branch_name)
 
 

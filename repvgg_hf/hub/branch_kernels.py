@@ -16,7 +16,7 @@ def dense_kernels(model) -> dict[str, torch.Tensor]:
     found = {}
     for name, block in model.named_modules():
         if isinstance(block, ReparamConv2d):
-            kernels = [block.branches[dense].equivalent(block.kernel_size)[0] for dense in block.dense_names]
+            kernels = [block.branches[dense].equivalent()[0] for dense in block.dense_names]
             found[name] = torch.stack(kernels).sum(dim=0)
     if not found:
         raise ValueError("The model is fused and has no branches: give the checkpoint that was trained.")
