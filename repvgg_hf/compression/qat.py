@@ -1,5 +1,6 @@
 """Quantisation-aware training: the model computes with the quantised equivalent kernels while its parameters train."""
 
+import contextlib
 import dataclasses
 
 import torch
@@ -164,17 +165,26 @@ def update_codebooks(model: nn.Module) -> None:
     there, so that they are no parameters.
     """
     layers = qat_layers(model)
-    sharded = _sharded_modules(model) if any(layer.weight_fake_quant.is_due() for layer in layers.values()) else []
-    for module in sharded:
-        module.unshard()
-    for layer in layers.values():
-        if isinstance(layer, QATReparamConv2d) and layer.estimates_statistics:
-            _average_statistics(layer)
-        layer.weight_fake_quant.step(layer.kernel)
-        if isinstance(layer, QATReparamConv2d):
-            layer.choose_statistics()
-    for module in sharded:
-        module.reshard()
+    due = any(layer.weight_fake_quant.is_due() for layer in layers.values())
+    with _gathered(_sharded_modules(model) if due else []):
+        for layer in layers.values():
+            if isinstance(layer, QATReparamConv2d) and layer.estimates_statistics:
+                _average_statistics(layer)
+            layer.weight_fake_quant.step(layer.kernel)
+            if isinstance(layer, QATReparamConv2d):
+                layer.choose_statistics()
+
+
+@contextlib.contextmanager
+def _gathered(sharded: list[nn.Module]):
+    """Every rank has all parameters of the `sharded` modules."""
+    try:
+        for module in sharded:
+            module.unshard()
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def _sharded_modules(model: nn.Module) -> list[nn.Module]:
