@@ -1,5 +1,6 @@
 """Quantising with calibration data: time and peak memory, for a model and images of the usual size."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ images = torch.randn(options["images"], 3, options["image_size"], options["image
 model(images[:1].to(options["device"]))
 unit = 1 if sys.platform == "darwin" else 1024
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-model.quantize(bits=4, calibration=images, calibration_batch_size=32, tuning_steps=options["tuning_steps"])
+limits = {name: options[name] for name in ("tuning_steps", "activation_memory")}
+model.quantize(bits=4, calibration=images, calibration_batch_size=32, **limits)
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)]))
 """
@@ -45,16 +47,19 @@ class CalibrateArguments(BenchmarkArguments):
     images: int = field(default=256, metadata={"help": "Calibration images."})
     image_size: int = field(default=224, metadata={"help": "Their side in pixels."})
     tuning_steps: list[int] = field(default_factory=lambda: [0, 200], metadata={"help": "Settings to measure."})
+    activation_memory: list[float] = field(
+        default_factory=lambda: [4.0, 0.25], metadata={"help": "GiB for activations, each with each of --tuning_steps."}
+    )
 
 
 def run(args: CalibrateArguments) -> list[dict]:
     setting = f"{args.variant}, 4 bit, {args.images} images of {args.image_size} px"
     measured = {}
-    for steps in args.tuning_steps:
+    for steps, memory in itertools.product(args.tuning_steps, args.activation_memory):
         options = {name: getattr(args, name) for name in ("seed", "variant", "device", "images", "image_size")}
-        options |= {"tuning_steps": steps, "threads": torch.get_num_threads()}
+        options |= {"tuning_steps": steps, "activation_memory": memory, "threads": torch.get_num_threads()}
         command = [sys.executable, "-c", CALIBRATE, json.dumps(options)]
-        measured[f"{steps} tuning steps"] = [measure(command) for _ in range(args.repeats)]
+        measured[f"{steps} tuning steps, {memory} GiB"] = [measure(command) for _ in range(args.repeats)]
     first, *others = measured
     ratios = [(name, first, None) for name in others]
     return [

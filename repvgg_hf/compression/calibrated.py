@@ -16,6 +16,7 @@ from .error_compensation import compensated_weight
 from .input_quantize import InputFakeQuantize
 from .layers import quantize_layer
 from .sensitivity import diagonal_fisher, measure_costs, run
+from .spool import Spool
 from .tuning import tune_network
 from .weights import QuantizedWeight
 
@@ -42,6 +43,8 @@ class CalibrationOptions:
         activation_range: with `activation_bits`, how an input's range is chosen: `"minmax"`, `"percentile"`, `"mse"` or
             `"entropy"`.
         damping: added to the second moments' diagonal, as a share of its mean.
+        activation_memory: GiB for what a block puts out for all images, in both models; what is more goes to a
+            temporary folder, which changes nothing but the time.
         seed: of the order of images in tuning.
     """
 
@@ -53,6 +56,7 @@ class CalibrationOptions:
     target_bits_per_weight: float | None = None
     activation_range: str = "mse"
     damping: float = 0.01
+    activation_memory: float = 4.0
     seed: int = 0
 
     def __post_init__(self):
@@ -68,6 +72,8 @@ class CalibrationOptions:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
         if not self.damping > 0:
             raise ValueError(f"damping must be positive, got {self.damping!r}.")
+        if not self.activation_memory >= 0:
+            raise ValueError(f"activation_memory must be GiB, at least 0, got {self.activation_memory!r}.")
         target = self.target_bits_per_weight
         if target is not None and not 1 <= target <= 8:
             raise ValueError(
@@ -152,7 +158,8 @@ def calibrate(model: nn.Module, config: ClusterConfig, data: CalibrationData, op
     fisher = diagonal_fisher(model, data, names) if options.sensitivity == "fisher" else {}
 
     blocks = copy.deepcopy(float_blocks)
-    inputs, float_inputs = list(data.batches), list(data.batches)
+    limit = options.activation_memory * 2**30 / 2
+    inputs, float_inputs = Spool(data.batches, limit), Spool(data.batches, limit)
     layers = {}
     for block_name, block in logging.tqdm(blocks.items(), desc="Calibration"):
         float_block = float_blocks[block_name]

@@ -203,6 +203,19 @@ def test_same_data_same_codes(model, images):
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
 
 
+def test_activations_on_disk_change_nothing(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = QUICK | {"bits": 2, "activation_bits": 8, "calibration": images, "calibration_batch_size": 16}
+    expected = copy.deepcopy(model).quantize(**options).state_dict()
+    made, make = [], calibrated.Spool
+    monkeypatch.setattr(calibrated, "Spool", lambda *args: made.append(make(*args)) or made[-1])
+    quantized = copy.deepcopy(model).quantize(**options, activation_memory=0).state_dict()
+    assert len(made) == 2 and not any(spool.kept for spool in made)
+    assert all(torch.equal(tensor, quantized[name]) for name, tensor in expected.items())
+    made.clear()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -212,6 +225,7 @@ def test_same_data_same_codes(model, images):
         ({"calibration_batch_size": 0}, "calibration_batch_size must be an integer of at least 1"),
         ({"bias_correction": 1}, "bias_correction must be True or False"),
         ({"damping": 0}, "damping must be positive"),
+        ({"activation_memory": -1}, "activation_memory must be GiB, at least 0, got -1"),
         ({"target_bits_per_weight": 0.9}, "target_bits_per_weight must be from 1 to 8, got 0.9"),
         ({"target_bits_per_weight": 1.0, "granularity": "per_channel"}, "can't be met with per_channel codebooks"),
         ({"sensitivty": "fisher"}, "Unknown quantization option 'sensitivty'"),

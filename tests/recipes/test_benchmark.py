@@ -19,7 +19,7 @@ COMMANDS = {
     "load": "--variant cifar --image_size 32 --method uniform --memory_repeats 1",
     "qat": "--variants cifar --image_sizes 32 --batch_sizes 2 --codebook_updates kmeans --dkm False --memory False",
     "quantize": "--variants cifar --layers 3 --peers kmeans1d scikit-learn --peer_repeats 2",
-    "calibrate": "--variant cifar --images 8 --image_size 32 --tuning_steps 0 1",
+    "calibrate": "--variant cifar --images 8 --image_size 32 --tuning_steps 0 1 --activation_memory 0",
 }
 RUNS = {"inference": 2, "train_step": 1, "load": 4, "qat": 1, "quantize": 5, "calibrate": 2}
 
