@@ -151,8 +151,8 @@ def nearest_codes(rows: torch.Tensor, codebook: torch.Tensor, scale: torch.Tenso
     def bin_of(values):  # the bin of a larger value is never a lower one, so borders in other bins need no comparison
         return torch.addcmul(shift, values, bins).clamp_(0, size - 1).int()
 
-    border_bins = bin_of(borders)
-    if (border_bins.diff() == 0).any():  # two borders in a bin
+    # with entries too large for a bin's number, or two borders in a bin
+    if not shift.isfinite() or ((border_bins := bin_of(borders)).diff() == 0).any():
         return quantize_rows(rows, codebook, scale, with_decoded=False)[0]
     border = torch.full((size,), float("inf"), device=rows.device).index_copy_(0, border_bins.long(), borders)
     has_border = (border < float("inf")).int()

@@ -65,6 +65,7 @@ def test_codes_by_bins_are_exact_on_and_beside_borders(entries, anything):
 def test_codes_by_bins_of_values_far_outside():
     values = torch.tensor([[-3e38, -1e20, 1e20, 3e38]]).repeat(1, 1024)
     assert nearest_codes(values, torch.tensor([[-1e-3, 1e-3]]), None)[0, :4].tolist() == [0, 0, 1, 1]
+    assert not nearest_codes(torch.full((1, 1024), 1e30), torch.full((1, 2), 1e30), None).any()
 
 
 def test_pieces_change_nothing(generator, monkeypatch):
