@@ -52,8 +52,11 @@ def candidate_count(number: int, n: int, k: int) -> int:
 
 
 def _spread(mass: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """By how much less an interval with these moments spreads about its mean than about `centre`."""
-    return first.square() / mass.clamp_min(1e-300)
+    """By how much less an interval with these moments spreads about its mean than about `centre`.
+
+    Uses up its arguments: those of all intervals are the largest tensors there are.
+    """
+    return first.square_().div_(mass.clamp_min_(1e-300))
 
 
 def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Tensor:
@@ -71,9 +74,9 @@ def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Te
     def before(prefix, value=0.0):  # [from, to, groups]: the `span` points before each, and itself
         return pad(prefix, (0, 0, span, 0), value=value).unfold(0, span + 1, 1).permute(2, 0, 1)
 
-    gain = (first - before(first)).square_().div_((mass - before(mass)).clamp_min_(1e-300))  # as [`_spread`], in place
-    cost = (second - before(second)).sub_(gain).clamp_min_(0).float()
-    del gain
+    cost = second - before(second)
+    cost -= _spread(mass - before(mass), first - before(first))
+    cost = cost.clamp_min_(0).float()
     best = [torch.full((points, number), float("inf"), device=cuts.device)]  # of no interval, one, ...
     best[0][0] = 0
     for _ in range(k):

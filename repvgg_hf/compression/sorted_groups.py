@@ -34,11 +34,14 @@ class SortedGroups:
         values = values.detach().float()
         weights = None if weights is None else weights.detach().float()
         # float64 and centred: a cluster's error is a difference of large sums
-        low, high = (end(dim=1, keepdim=True).double() for end in (values.amin, values.amax))
-        self.centre = (low + high) / 2
+        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # aminmax is not vectorised
+        # of the range and not the mean, which PyTorch takes of a float64 copy of all
+        self.centre = (low.double() + high) / 2
         if preserve_zero:
             self.centre.zero_()
-        points = _histogram(values, weights, self.centre) if values.shape[1] > HISTOGRAM_VALUES else None
+        points = None
+        if values.shape[1] > HISTOGRAM_VALUES:
+            points = _histogram(values, weights, self.centre, low, high)
         if points is None:
             points = _sorted(values, weights, self.centre)
         self.values, self.mass, self.first, self.second = points
@@ -158,14 +161,13 @@ def _sorted(values, weights, centre):
     return ordered, mass, first, second
 
 
-def _histogram(values, weights, centre):
+def _histogram(values, weights, centre, low, high):
     """`values`, `mass`, `first` and `second` of [`SortedGroups`]: bins as points, or `None` if too few are in use.
 
     A first pass counts into even bins. Each is then divided as finely as the best quantiser with many entries would
     (Panter and Dite 1951), the cube root of its mass, so that narrow peaks and long tails are both resolved.
     """
     number, n = values.shape
-    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # aminmax is not vectorised
     scale = COARSE_BINS * (1 - 1e-6) / (high - low).clamp_min(1e-37)
     group = torch.arange(number, dtype=torch.int32, device=values.device)[:, None]
     width = 2 * CHUNK_VALUES // number
