@@ -45,7 +45,7 @@ class _Decode(torch.autograd.Function):
             return grad_output, None, None, None, None, None, None
         codes, codebook, scale = ctx.saved_tensors
         (out, n), (groups, k) = codes.shape, codebook.shape
-        sums = sums_by_code(to_rows(grad_output.float()), codes, k)  # [out, k]
+        (sums,) = sums_by_code([to_rows(grad_output.float())], codes, k)  # [out, k]
         grad_scale, by_entry = None, sums
         if scale is not None:
             entries = codebook.repeat_interleave(out // groups, dim=0)
@@ -97,24 +97,21 @@ class FakeQuantize(nn.Module):
         """The codebook `[groups, 2**bits]` in the dtype that it is saved in, and the scale `[out]` or `None`."""
         raise NotImplementedError
 
-    def quantize(self, rows, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 codes of `rows` `[out, n]` and what they stand for, with a float32 codebook."""
+    def nearest(self, rows, codebook, scale) -> torch.Tensor:
+        """uint8 codes of `rows` `[out, n]` with a float32 codebook."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def codes_and_decoded(self, kernel, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 codes `[out, n]` of `kernel` and what they stand for; those of frozen weights stay as they were."""
-        codes, decoded = self.quantize(to_rows(kernel.detach()).float(), codebook, scale)
-        if self.freezing is not None:
-            codes = self.freezing(codes)
-            decoded = decode_rows(codes, codebook, scale)
-        return codes, decoded
+    def codes(self, kernel, codebook, scale) -> torch.Tensor:
+        """uint8 codes `[out, n]` of `kernel`; those of frozen weights stay as they were."""
+        codes = self.nearest(to_rows(kernel.detach()).float(), codebook, scale)
+        return codes if self.freezing is None else self.freezing(codes)
 
     @torch.no_grad()
     def quantized(self, kernel: torch.Tensor) -> QuantizedWeight:
         """Codes, codebook and scale for `kernel`, as they are saved."""
         codebook, scale = self.stored()
-        codes, _ = self.codes_and_decoded(kernel, codebook.float(), scale)
+        codes = self.codes(kernel, codebook.float(), scale)
         return QuantizedWeight(from_rows(codes, kernel.shape).contiguous(), codebook, scale)
 
     def count(self) -> int:
@@ -139,8 +136,7 @@ class FakeQuantize(nn.Module):
             self.update(kernel)
         if self.freezing is not None:
             codebook, scale = self.stored()
-            codes, _ = self.quantize(to_rows(kernel.detach()).float(), codebook.float(), scale)
-            self.freezing.observe(codes)
+            self.freezing.observe(self.nearest(to_rows(kernel.detach()).float(), codebook.float(), scale))
 
     def update(self, kernel: torch.Tensor) -> None:
         """What is done every `update_every` steps."""
@@ -251,9 +247,11 @@ class ClusterFakeQuantize(FakeQuantize):
         groups, k = codebook.shape
         return lookup_table(codebook) if groups == 1 and self.weights >= BINS_AN_ENTRY * k else None
 
-    def quantize(self, rows, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    def nearest(self, rows, codebook, scale) -> torch.Tensor:
         table = self.table(codebook)
-        return quantize_rows(rows, codebook, scale) if table is None else lookup_rows(rows, codebook, scale, table)
+        if table is None:
+            return quantize_rows(rows, codebook, scale, with_decoded=False)[0]
+        return lookup_rows(rows, scale, table)
 
     def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
         if self.codebook_update == "kmeans" and self.freezing is None:
@@ -263,11 +261,13 @@ class ClusterFakeQuantize(FakeQuantize):
                 if table is None:
                     _, decoded = quantize_rows(rows, codebook, scale)
                 else:
-                    _, decoded = lookup_rows(rows, codebook, scale, table, with_codes=False)
+                    decoded = lookup_rows(rows, scale, table, decode=True)
             return _Decode.apply(kernel, None, None, None, decoded, None, None)
         codebook, scale = self.ascending()
         stored = self.rounded(codebook.detach()).float()
-        codes, decoded = self.codes_and_decoded(kernel, stored, None if scale is None else scale.detach())
+        detached = None if scale is None else scale.detach()
+        codes = self.codes(kernel, stored, detached)
+        decoded = decode_rows(codes, stored, detached)
         return _Decode.apply(kernel, codebook, scale, codes, decoded, stored, free_directions(stored, self))
 
     @torch.no_grad()
@@ -279,12 +279,12 @@ class ClusterFakeQuantize(FakeQuantize):
         rows = to_rows(kernel.detach())
         codebook, scale = self.ascending()
         (out, _), (groups, k) = rows.shape, codebook.shape
-        codes, _ = self.quantize(rows.float(), codebook, scale)
-        counts = sums_by_code(rows.new_ones(1, 1, dtype=torch.float32).expand(rows.shape), codes, k).double()
-        # in float64, as a GPU adds in any order and ranks should agree
-        rows = rows.double()
-        sums = sums_by_code(rows, codes, k)  # [out, k]
-        factor = rows.new_ones(out, 1) if scale is None else scale.double()[:, None]
+        codes = self.nearest(rows.float(), codebook, scale)
+        # sums in float64, as a GPU adds in any order and ranks should agree
+        ones = rows.new_ones(1, 1, dtype=torch.float32).expand(rows.shape)
+        counts, sums = sums_by_code([ones, rows.double()], codes, k)  # [out, k]
+        counts = counts.double()
+        factor = counts.new_ones(out, 1) if scale is None else scale.double()[:, None]
 
         def by_group(values):
             return values.view(groups, -1, k).sum(dim=1)
@@ -301,7 +301,7 @@ class ClusterFakeQuantize(FakeQuantize):
             fitted = (sums * entries).sum(dim=1) / (counts * entries.square()).sum(dim=1).clamp_min(1e-300)
             self.scale.copy_(torch.where(fitted > 0, scale.lerp(fitted.float(), share), scale) / self.channel_unit())
         if (denominator == 0).any():
-            squares = by_group(sums_by_code(rows.square(), codes, k))
+            squares = by_group(*sums_by_code([rows.double().square()], codes, k))
             codebook = codebook + project(self._revival(codebook, means, denominator, squares))
         codebook = codebook if scale is None else codebook * self.unit[:, None]
         self.codebook.copy_(codebook.sort(dim=1).values)

@@ -95,16 +95,16 @@ class UniformFakeQuantize(FakeQuantize):
         codebook = integers * step[:, None]
         return (codebook if self.offset is None else codebook + self.offset[:, None]).to(self.codebook_dtype), None
 
-    def quantize(self, rows, codebook, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    def nearest(self, rows, codebook, scale) -> torch.Tensor:
         step = self.step_size().detach()
         values = rows.reshape(len(step), -1)
         values = (values if self.offset is None else values - self.offset[:, None]) / step[:, None]
-        codes = ((values - self.first) / self.spacing).round_().clamp_(0, self.k - 1).to(torch.uint8).view(rows.shape)
-        return codes, decode_rows(codes, codebook, scale)
+        return ((values - self.first) / self.spacing).round_().clamp_(0, self.k - 1).to(torch.uint8).view(rows.shape)
 
     def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
         codebook, scale = self.stored()
-        codes, decoded = self.codes_and_decoded(kernel, codebook.float(), scale)
+        codes = self.codes(kernel, codebook.float(), scale)
+        decoded = decode_rows(codes, codebook.float(), scale)
         integers = codes.to(torch.int16) * self.spacing + self.first
         step = self.step_size()
         return _LearnedStep.apply(kernel, step, self.offset, self.unit, integers, decoded, self.spacing, self.largest)

@@ -70,11 +70,11 @@ def test_codes_by_bins_of_values_far_outside():
 
 def test_pieces_change_nothing(generator, monkeypatch):
     rows, codebook = torch.randn(7, 10, generator=generator), torch.linspace(-1, 1, 8)[None]
-    expected = quantize_rows(rows, codebook, None), sums_by_code(rows, quantize_rows(rows, codebook, None)[0], 8)
+    expected = quantize_rows(rows, codebook, None), sums_by_code([rows], quantize_rows(rows, codebook, None)[0], 8)[0]
     monkeypatch.setattr("repvgg_hf.compression.codes.PIECE", 30)
     codes, decoded = quantize_rows(rows, codebook, None)
     assert torch.equal(codes, expected[0][0]) and torch.equal(decoded, expected[0][1])
-    sums = sums_by_code(rows, codes, 8)
+    (sums,) = sums_by_code([rows], codes, 8)
     assert torch.equal(sums, expected[1])
     by_hand = torch.stack([(rows * (codes == code)).sum(dim=1) for code in range(8)], dim=1)
     torch.testing.assert_close(sums, by_hand)
@@ -86,7 +86,8 @@ def test_looked_up_entries_are_the_nearest_to_half_a_bin(k, scaled, generator):
     rows = 2 * torch.randn(6, 5000, generator=generator)
     codebook = torch.randn(1, k, generator=generator).sort(dim=1).values
     scale = 0.5 + torch.rand(6, generator=generator) if scaled else None
-    codes, decoded = lookup_rows(rows, codebook, scale, lookup_table(codebook))
+    table = lookup_table(codebook)
+    codes, decoded = lookup_rows(rows, scale, table), lookup_rows(rows, scale, table, decode=True)
     _, nearest = quantize_rows(rows, codebook, scale)
     factor = torch.ones(6, 1) if scale is None else scale[:, None]
     assert torch.equal(decoded, codebook[0][codes.long()] * factor)
@@ -94,15 +95,14 @@ def test_looked_up_entries_are_the_nearest_to_half_a_bin(k, scaled, generator):
     excess = ((rows - decoded).abs() - (rows - nearest).abs()) / factor
     assert 0 <= excess.max() <= bin_width * 1.01  # a border may be off by half of that, which counts twice
     assert (decoded != nearest).float().mean() < 0.01
-    assert torch.equal(lookup_rows(rows, codebook, scale, lookup_table(codebook), with_codes=False)[1], decoded)
 
 
 def test_lookup_of_what_is_no_number_and_of_a_constant_codebook():
     codebook = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
     rows = torch.tensor([[float("nan"), -1e6, 1e6, 0.4]])
-    assert lookup_rows(rows, codebook, None, lookup_table(codebook))[1].tolist() == [[-1.0, -1.0, 2.0, 0.0]]
+    assert lookup_rows(rows, None, lookup_table(codebook), decode=True).tolist() == [[-1.0, -1.0, 2.0, 0.0]]
     constant = torch.full((1, 4), 0.5)
-    assert (lookup_rows(rows, constant, None, lookup_table(constant))[1] == 0.5).all()
+    assert (lookup_rows(rows, None, lookup_table(constant), decode=True) == 0.5).all()
 
 
 def test_a_changed_codebook_is_noticed(generator):
