@@ -3,9 +3,10 @@
     python recipes/qat_study.py --models OABN/0=outputs/study/oabn BN/0=outputs/study/bn --dataset_name <CIFAR-10>
 
 A model's name is what it is, and the seed of its training: those that differ only there share a table of their means.
-Each line is a run of `recipes/qat.py` (with branches, batch norm statistics frozen, codebooks per channel). Writes the
-figures to `--output_json` after each one, beside it the tables made from them, as Markdown, and goes on from there when
-started again. Several may share the file, on other models and with other `--output_dir`.
+Each line is a run of `recipes/qat.py` (with branches, batch norm statistics frozen, codebooks per channel) or, only if
+asked for, of `recipes/qat_dkm.py` (fused, float32, a codebook a tensor with a scale a channel). Writes the figures to
+`--output_json` after each one, beside it the tables made from them, as Markdown, and goes on from there when started
+again. Several may share the file, on other models and with other `--output_dir`.
 """
 
 import json
@@ -38,6 +39,8 @@ SINGLE = {
     "batch norm re-estimated": "--batch_norm_every 100",
 }
 METHODS |= {f"ClusterQAT, {name}": options for name, options in SINGLE.items()}
+PEER = "coremltools DKM"
+METHODS[PEER] = ""
 # without data there is no range to start from
 ACTIVATIONS = {
     name: f"{SWITCHES} --calibration_images 512 --bits {bits} --activation_bits {activation_bits}"
@@ -96,8 +99,8 @@ class QATStudyArguments:
         return lines | {name: ACTIVATIONS[name] for name in self.activations}
 
 
-def train(options: str, folder: str, study: QATStudyArguments) -> dict:
-    """Run qat.py on the float checkpoint in `folder`; what came out, packed, and the float accuracy."""
+def train(line: str, options: str, folder: str, study: QATStudyArguments) -> dict:
+    """Run the recipe of a line on the float checkpoint in `folder`; what came out, packed, and the float accuracy."""
     output_dir = Path(study.output_dir)
     shared = {
         name: getattr(study, name)
@@ -106,19 +109,16 @@ def train(options: str, folder: str, study: QATStudyArguments) -> dict:
             "per_device_train_batch_size", "seed", "max_train_samples", "max_eval_samples", "output_dir",
         )
     }  # fmt: skip
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("qat.py")),
-        *options.split(),
-        "--granularity",
-        "per_channel",
-        "--model_name_or_path",
-        folder,
-    ]
+    if line.startswith(PEER):
+        recipe, mixed_precision = ["qat_dkm.py"], "no"
+    else:
+        recipe, mixed_precision = ["qat.py", "--granularity", "per_channel"], study.mixed_precision
+    recipe[0] = str(Path(__file__).with_name(recipe[0]))
+    command = [sys.executable, *recipe, *options.split(), "--model_name_or_path", folder]
     for name, value in shared.items():
         if value is not None:
             command += [f"--{name}", str(value)]
-    subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_MIXED_PRECISION": study.mixed_precision})
+    subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_MIXED_PRECISION": mixed_precision})
     results = json.loads((output_dir / "qat_results.json").read_text())["results"]
     rows = {row["model"].split(", ")[-1]: row for row in results}
     packed = rows["packed"]
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> dict:
         for line, options in study.lines().items():
             if line in recorded(path).get(name, {}):
                 continue
-            row = train(options, folder, study)
+            row = train(line, options, folder, study)
             print(f"{name}, {line}: top-1 {row['top1']:.2f}", flush=True)
             models = recorded(path)
             models.setdefault(name, {})[line] = row

@@ -88,16 +88,16 @@ def train_phase(
     phase: str,
     epochs: int,
     learning_rate: float,
-    output_dir: Path,
+    output_dir: Path | None,
     args: PhaseArguments,
     loss_of: Callable = loss_on_labels,
 ):
     """Train `model` for `epochs` with SGD, a short warm-up and a cosine decay; returns it, unwrapped.
 
     `data` is a dataset and its `collate_fn`, `loss_of(model, batch)` the loss. After each epoch the whole state is in
-    `output_dir / "checkpoint" / phase`. Gradients that are not finite stop the training with a `RuntimeError` that
-    names step and parameter, before the optimiser uses them. Raises `ValueError` if the state to go on from was saved
-    with other quantisation settings.
+    `output_dir / "checkpoint" / phase`, if a folder is given. Gradients that are not finite stop the training with a
+    `RuntimeError` that names step and parameter, before the optimiser uses them. Raises `ValueError` if the state to
+    go on from was saved with other quantisation settings.
     """
     dataset, collate = data
     loader = DataLoader(
@@ -115,9 +115,9 @@ def train_phase(
     steps = epochs * steps_an_epoch
     scheduler = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, steps // 20, steps))
 
-    checkpoint = output_dir / "checkpoint" / phase
+    checkpoint = None if output_dir is None else output_dir / "checkpoint" / phase
     step = 0
-    if args.resume_from_checkpoint and recover_state(accelerator, checkpoint):
+    if checkpoint and args.resume_from_checkpoint and recover_state(accelerator, checkpoint):
         check_settings(checkpoint, settings)
         accelerator.load_state(checkpoint)
         if average is not None:
@@ -138,7 +138,7 @@ def train_phase(
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     if accelerator.scaler is None and not norm.isfinite():  # a scaler skips such steps itself
-                        raise RuntimeError(f"{diverged(bare, step + 1)} The last one is {checkpoint}.")
+                        raise RuntimeError(f"{diverged(bare, step + 1)} The last one is {checkpoint or 'not saved'}.")
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -162,7 +162,8 @@ def train_phase(
             f"{feed.waited / seconds:.1%} of the time waiting for data"
         )
         accelerator.log({f"{phase}_{name}": value for name, value in figures.items()}, step=epoch + 1)
-        save_state(accelerator, checkpoint, settings, average)
+        if checkpoint:
+            save_state(accelerator, checkpoint, settings, average)
     bar.close()
     # without the wrappers of autocast and compilation, which would stay on its forward method
     unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peers import peer_methods
 from repvgg_hf import RepVGGForImageClassification, update_codebooks
 from repvgg_hf.interop.timm import from_timm
 
@@ -50,22 +51,10 @@ class QATArguments(BenchmarkArguments):
 
 def has_dkm() -> bool:
     try:
-        import coremltools.optimize.torch.palettization  # noqa: F401
+        peer_methods("coremltools")
     except ImportError:
         return False
     return True
-
-
-def dkm_model(model: torch.nn.Module, bits: int, image: torch.Tensor) -> torch.nn.Module:
-    """A fused model under coremltools' differentiable k-means, active from the first step, one codebook a tensor."""
-    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
-
-    settings = {"n_bits": bits, "granularity": "per_tensor", "weight_threshold": 0, "milestone": 0}
-    palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict({"global_config": settings}))
-    prepared = palettizer.prepare(inplace=True)
-    palettizer.enable_weight_palettization = True
-    prepared.palettizer = [palettizer]  # its step comes after the optimiser's
-    return prepared
 
 
 def sides(args: QATArguments) -> dict[str, tuple[str, dict]]:
@@ -87,15 +76,17 @@ def make_step(name: str, args: QATArguments, base: RepVGGForImageClassification,
     model = copy.deepcopy(base)
     if form != "branches":
         model.reparameterize()
+    palettizer = None
     if form == "dkm":
-        model = dkm_model(model, options["bits"], batch["pixel_values"])
+        from peers.dkm import prepare_dkm
+
+        model, palettizer = prepare_dkm(model, options["bits"])
     elif options:
         model.prepare_qat(**options)
     model.train()
     forward = torch.compile(model) if compiled else model
     step = training_step(model, lambda: forward(**batch).loss)
-    if form == "dkm":
-        palettizer = model.palettizer[0]
+    if palettizer is not None:
         return lambda: (step(), palettizer.step())[0]
     return lambda: (step(), update_codebooks(model))[0]
 

@@ -1,0 +1,17 @@
+"""coremltools' differentiable k-means (DKM, arXiv 2108.12659), the peer of ClusterQAT."""
+
+import torch
+from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
+
+SCALE = {"enable_per_channel_scale": True}
+
+
+def prepare_dkm(model: torch.nn.Module, bits: int, **options) -> tuple[torch.nn.Module, DKMPalettizer]:
+    """A fused model under DKM from the first step on, in place, one codebook a tensor; and its palettizer.
+
+    `options` are further ones of `ModuleDKMPalettizerConfig`. Call the palettizer's `step` after each optimiser step,
+    and `finalize` at the end, which puts the entries of the codebooks into the kernels.
+    """
+    settings = {"n_bits": bits, "granularity": "per_tensor", "weight_threshold": 0, "milestone": 0, **options}
+    palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict({"global_config": settings}))
+    return palettizer.prepare(inplace=True), palettizer
