@@ -70,12 +70,12 @@ class CalibrationOptions:
             value = getattr(self, name)
             if (type(value) is not int or value < least) and (name, value) != ("tuning_steps", None):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive, got {self.damping!r}.")
-        if not self.activation_memory >= 0:
-            raise ValueError(f"activation_memory must be GiB, at least 0, got {self.activation_memory!r}.")
+        if not isinstance(self.damping, (int, float)) or not self.damping > 0:
+            raise ValueError(f"damping must be a positive number, got {self.damping!r}.")
+        if not isinstance(self.activation_memory, (int, float)) or not self.activation_memory >= 0:
+            raise ValueError(f"activation_memory must be a number of GiB, at least 0, got {self.activation_memory!r}.")
         target = self.target_bits_per_weight
-        if target is not None and not 1 <= target <= 8:
+        if target is not None and not (isinstance(target, (int, float)) and 1 <= target <= 8):
             raise ValueError(
                 f"target_bits_per_weight must be from 1 to 8, got {target!r}: a code has at least one bit."
             )

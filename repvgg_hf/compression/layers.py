@@ -1,6 +1,9 @@
 """Which layers of a model are quantised, and how."""
 
 import copy
+import dataclasses
+import difflib
+import inspect
 
 import torch
 from torch import nn
@@ -22,6 +25,22 @@ def resolve_config(method: str | ClusterConfig | None, bits: int | None, options
     if bits is not None or options:
         raise ValueError("Give either a whole ClusterConfig or its arguments, not both.")
     return copy.deepcopy(method)  # saving writes a checksum into the model's own
+
+
+def split_options(options: dict, *classes) -> list[dict]:
+    """`options` by the dataclass in `classes` that has them as fields; at the end those of [`ClusterConfig`].
+
+    Raises `TypeError` naming one that nobody has, and what it may have been meant to be.
+    """
+    names = [[field.name for field in dataclasses.fields(options_class)] for options_class in classes]
+    names.append([name for name in inspect.signature(ClusterConfig).parameters if name != "unknown"])
+    known = sum(names, [])
+    for name in options:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(sorted(set(known)))}."
+            raise TypeError(f"Unknown quantization option {name!r}: {hint}")
+    return [{name: options[name] for name in own if name in options} for own in names]
 
 
 @torch.no_grad()

@@ -1,16 +1,14 @@
 """Post-training quantisation of a whole model."""
 
-import dataclasses
-
 import torch
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from ..quantization_cluster import ClusterConfig
 from .calibrated import CalibratedLayer, CalibrationOptions
-from .layers import fused_layers, require_finite, resolve_config
+from .layers import fused_layers, require_finite, resolve_config, split_options
 from .qat import fake_quantizers, remove_fake_quantizers, trained_input_ranges
-from .starting import calibrated_start, plain_start
+from .starting import quantized_start
 
 logger = logging.get_logger(__name__)
 
@@ -61,17 +59,10 @@ def _quantized_layers(
     model, layers, method, bits, calibration, options
 ) -> tuple[dict[str, CalibratedLayer], ClusterConfig]:
     """Each layer quantised after training, and the configuration with all choices made."""
-    names = {field.name for field in dataclasses.fields(CalibrationOptions)}
-    calibration_options = {name: options.pop(name) for name in list(options) if name in names}
+    calibration_options, options = split_options(options, CalibrationOptions)
     config = resolve_config(method, bits, options)
     config.check_names(list(layers))
-    if calibration is None:
-        for name in [*calibration_options, *(["activation_bits"] if config.activation_bits is not None else [])]:
-            raise ValueError(
-                f"{name} needs calibration data: pass calibration=, a DataLoader or dataset of a few hundred images."
-            )
-        return plain_start(layers, config), config
-    return calibrated_start(model, config, calibration, CalibrationOptions(**calibration_options))
+    return quantized_start(model, layers, config, calibration, calibration_options)
 
 
 def _mark_quantized(model, config: ClusterConfig) -> None:

@@ -12,7 +12,7 @@ from ..quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
 from ..reparameterization import ReparamConv2d
 from .fake_quantize import ClusterFakeQuantize, FakeQuantize
 from .input_quantize import InputFakeQuantize
-from .layers import fused_layers, resolve_config
+from .layers import fused_layers, resolve_config, split_options
 from .oscillation import OscillationFreezing
 from .qat_layers import (
     QAT_CLASSES,
@@ -23,7 +23,7 @@ from .qat_layers import (
     restore_float_layers,
 )
 from .qat_options import QATOptions
-from .starting import CalibrationOptions, calibrated_start, move_to, plain_start
+from .starting import CalibrationOptions, move_to, quantized_start
 from .uniform import UniformFakeQuantize
 from .weights import QuantizedWeight
 
@@ -68,20 +68,12 @@ def prepare_qat(model, method: str | ClusterConfig = "cluster", bits: int | None
             f"The model is prepared for QAT already, with {_described(model.qat_config)}: train it, or call quantize() "
             "to freeze it. For other bits use set_bits(), or prepare the float model anew."
         )
-    qat_options = _take(QATOptions, options)
-    calibration_options = _take(CalibrationOptions, options) if calibration is not None else None
+    qat_options, calibration_options, options = split_options(options, QATOptions, CalibrationOptions)
+    qat_options = QATOptions(**qat_options)
     config = resolve_config(method, bits, options)
-    if config.activation_bits is not None and calibration is None:
-        raise ValueError(
-            "activation_bits needs calibration data for the ranges to start from: pass calibration=, a DataLoader or "
-            "dataset of a few hundred images."
-        )
     _, layers = fused_layers(model)
     config.check_names(list(layers))
-    if calibration is None:
-        start = plain_start(layers, config)
-    else:
-        start, config = calibrated_start(model, config, calibration, calibration_options)
+    start, config = quantized_start(model, layers, config, calibration, calibration_options)
     fake = {name: make_fake_quantizer(layer.weight, config, qat_options) for name, layer in start.items()}
     for name, quantized in start.items():
         layer = model.get_submodule(name)
@@ -116,12 +108,6 @@ def restore_qat(model, settings: dict) -> None:
                 inputs = _input_quantizer(input_range, config, options)
             add_fake_quantizers(layer, fake, inputs, options.batch_norm_every)
     describe(model, config, options)
-
-
-def _take(options_class, options: dict):
-    """An instance of `options_class` from those of `options` that it has; they are removed."""
-    names = {field.name for field in dataclasses.fields(options_class)}
-    return options_class(**{name: options.pop(name) for name in list(options) if name in names})
 
 
 def _described(config: ClusterConfig) -> str:

@@ -14,11 +14,21 @@ from .layers import quantize_layer
 KERNEL_FITS = 4  # the OABN bound depends on the dense kernel, which is changed to fit
 
 
-def calibrated_start(model, config: ClusterConfig, calibration, options: CalibrationOptions):
-    """Post-training quantisation of a float `model`, which is not changed, with calibration data.
+def quantized_start(
+    model, layers: dict[str, nn.Module], config: ClusterConfig, calibration, options: dict
+) -> tuple[dict[str, CalibratedLayer], ClusterConfig]:
+    """Post-training quantisation of a float `model` whose fused layers are `layers`; nothing is changed.
 
-    Returns `(layers, config)`, as [`calibrate`].
+    `options` are those of [`CalibrationOptions`]. Returns the quantised layers, and the configuration with all choices
+    made. Raises `ValueError` for what needs calibration data if there is none.
     """
+    if calibration is None:
+        for name in [*options, *(["activation_bits"] if config.activation_bits is not None else [])]:
+            raise ValueError(
+                f"{name} needs calibration data: pass calibration=, a DataLoader or dataset of a few hundred images."
+            )
+        return plain_start(layers, config), config
+    options = CalibrationOptions(**options)
     float_model = copy.deepcopy(model).float().eval().reparameterize()
     data = CalibrationData(calibration, options.calibration_batch_size, float_model.device)
     return calibrate(float_model, config, data, options)

@@ -41,12 +41,14 @@ def test_a_quantised_model(make_model, batch):
         ({"activation_update": "max"}, "activation_update must be one of gradient, moving_average, got 'max'"),
         ({"start": "random"}, "start must be one of kernel, decoded, got 'random'"),
         ({"activation_bits": 8}, "activation_bits needs calibration data"),
+        ({"tuning_steps": 10}, "tuning_steps needs calibration data"),
+        ({"momentun": 0.9}, "Unknown quantization option 'momentun': did you mean 'momentum'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_options(options, message, make_model):
     model = make_model()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         model.prepare_qat(**options)
     assert not fake_quantizers(model)
 
