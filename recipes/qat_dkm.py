@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict:
     model = build_model(model_args, label_names(splits["train"], data_args))
     float_logits = predict(accelerator, model, validation)
     weights = sum(p.numel() for p in model.reparameterize().parameters() if p.dim() > 1)
-    prepared, palettizer = prepare_dkm(model, args.bits, kmeans_init="cpu.kmeans++", **SCALE)
+    prepared, palettizer = prepare_dkm(model, args.bits, **SCALE)
     trained = train_phase(
         accelerator, prepared, train_data, "dkm", args.num_train_epochs, args.learning_rate, None, args
     )

@@ -40,7 +40,9 @@ class QATArguments(BenchmarkArguments):
     compiled: bool = field(default=False, metadata={"help": "Also with torch.compile."})
     dkm: bool = field(default=True, metadata={"help": "Also coremltools' DKMPalettizer, if it is installed."})
     time: bool = field(default=True, metadata={"help": "Measure the time of a step."})
-    memory: bool = field(default=True, metadata={"help": "Also peak memory, each side in a process of its own."})
+    memory_repeats: int = field(
+        default=3, metadata={"help": "Times that each side's peak memory is measured, in processes of their own."}
+    )
     side: str | None = field(default=None, metadata={"help": "Only print this side's peak memory (used by itself)."})
 
     def __post_init__(self):
@@ -134,7 +136,7 @@ def run(args: QATArguments) -> list[dict]:
             records.append(run_one(args, index, compiled=False))
         if args.compiled:
             records.append(run_one(args, index, compiled=True))
-        if args.memory:
+        if args.memory_repeats:
             records.append(run_memory(args, index))
     return records
 
@@ -164,7 +166,9 @@ def run_one(args: QATArguments, index: int, compiled: bool) -> dict:
 
 
 def run_memory(args: QATArguments, index: int) -> dict:
-    peaks = {name: [peak_memory(args, name, index)] for name in sides(args)}
+    # by turns, as what a CPU process has resident varies by some percent
+    turns = [{name: peak_memory(args, name, index) for name in sides(args)} for _ in range(args.memory_repeats)]
+    peaks = {name: [turn[name] for turn in turns] for name in turns[0]}
     ratios = [
         (name, FUSED, MEMORY_BAR if name.startswith("ClusterQAT") else None)
         for name in peaks

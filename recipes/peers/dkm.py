@@ -4,6 +4,7 @@ import torch
 from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
 
 SCALE = {"enable_per_channel_scale": True}
+SCIKIT = "cpu.kmeans++"  # its own k-means++ for the start takes minutes on a CPU
 
 
 def prepare_dkm(model: torch.nn.Module, bits: int, **options) -> tuple[torch.nn.Module, DKMPalettizer]:
@@ -12,6 +13,7 @@ def prepare_dkm(model: torch.nn.Module, bits: int, **options) -> tuple[torch.nn.
     `options` are further ones of `ModuleDKMPalettizerConfig`. Call the palettizer's `step` after each optimiser step,
     and `finalize` at the end, which puts the entries of the codebooks into the kernels.
     """
-    settings = {"n_bits": bits, "granularity": "per_tensor", "weight_threshold": 0, "milestone": 0, **options}
+    options = {"weight_threshold": 0, "milestone": 0, "kmeans_init": SCIKIT} | options
+    settings = {"n_bits": bits, "granularity": "per_tensor", **options}
     palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict({"global_config": settings}))
     return palettizer.prepare(inplace=True), palettizer

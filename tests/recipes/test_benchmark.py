@@ -17,7 +17,7 @@ COMMANDS = {
     "inference": "--variant cifar --image_size 32 --batch_sizes 1 2 --method uniform",
     "train_step": "--variants cifar --image_sizes 32 --batch_sizes 2",
     "load": "--variant cifar --image_size 32 --method uniform --memory_repeats 1",
-    "qat": "--variants cifar --image_sizes 32 --batch_sizes 2 --codebook_updates kmeans --dkm False --memory False",
+    "qat": "--variants cifar --image_sizes 32 --batch_sizes 2 --codebook_updates kmeans --dkm False --memory_repeats 0",
     "quantize": "--variants cifar --layers 3 --peers kmeans1d scikit-learn --peer_repeats 2",
     "calibrate": "--variant cifar --images 8 --image_size 32 --tuning_steps 0 1 --activation_memory 0",
 }
