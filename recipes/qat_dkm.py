@@ -3,7 +3,7 @@
     python recipes/qat_dkm.py --model_name_or_path outputs/train --bits 4 --dataset_name ...
 
 Same loop, data and options as there, in float32: one codebook a tensor and a scale a channel, k-means++ of scikit-learn
-for the start (their own takes minutes on a CPU), all else as coremltools has it. Writes `qat_results.json`.
+for the start (its own takes minutes on a CPU), all else as coremltools has it. Writes `qat_results.json`.
 """
 
 from dataclasses import dataclass, field
@@ -70,8 +70,9 @@ def main(arguments: list[str] | None = None) -> dict:
         figures = {"accuracy": hits["top1"], "top5": hits["top5"], "images": len(logits)}
         rows.append({"model": name, **figures, "bytes": size, "bits_per_weight": 8 * size / weights})
     record = {"command": ["recipes/qat_dkm.py", *arguments], "seed": args.seed, "results": rows}
-    write_json(Path(args.output_dir) / "qat_results.json", record)
-    print_table("Held-out images", rows)
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "qat_results.json", record)
+        print_table("Held-out images", rows)
     return {"results": rows}
 
 

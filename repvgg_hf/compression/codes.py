@@ -50,7 +50,7 @@ def own(table: torch.Tensor, piece: slice) -> torch.Tensor:
 def take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`table[o, index[o, i]]`, or `table[0, index[o, i]]` if it has one row, for int32 `index` `[out, n]`.
 
-    On a CPU `gather` takes half of the time of `index_select`, which uses one core only.
+    By `gather`, as `index_select` uses one core only.
     """
     return table.expand(len(index), -1).gather(1, index)
 
