@@ -13,7 +13,7 @@ def prepare_dkm(model: torch.nn.Module, bits: int, **options) -> tuple[torch.nn.
     `options` are further ones of `ModuleDKMPalettizerConfig`. Call the palettizer's `step` after each optimiser step,
     and `finalize` at the end, which puts the entries of the codebooks into the kernels.
     """
-    options = {"weight_threshold": 0, "milestone": 0, "kmeans_init": SCIKIT} | options
-    settings = {"n_bits": bits, "granularity": "per_tensor", **options}
+    settings = {"n_bits": bits, "granularity": "per_tensor", "weight_threshold": 0, "milestone": 0, **options}
+    settings.setdefault("kmeans_init", SCIKIT)
     palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict({"global_config": settings}))
     return palettizer.prepare(inplace=True), palettizer

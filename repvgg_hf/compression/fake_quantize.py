@@ -280,11 +280,9 @@ class ClusterFakeQuantize(FakeQuantize):
         codebook, scale = self.ascending()
         (out, _), (groups, k) = rows.shape, codebook.shape
         codes = self.nearest(rows.float(), codebook, scale)
-        # sums in float64, as a GPU adds in any order and ranks should agree
-        ones = rows.new_ones(1, 1, dtype=torch.float32).expand(rows.shape)
-        counts, sums = sums_by_code([ones, rows.double()], codes, k)  # [out, k]
-        counts = counts.double()
-        factor = counts.new_ones(out, 1) if scale is None else scale.double()[:, None]
+        rows = rows.double()  # as a GPU adds in any order and ranks should agree
+        counts, sums = sums_by_code([rows.new_ones(1, 1).expand(rows.shape), rows], codes, k)  # [out, k]
+        factor = rows.new_ones(out, 1) if scale is None else scale.double()[:, None]
 
         def by_group(values):
             return values.view(groups, -1, k).sum(dim=1)
@@ -301,7 +299,7 @@ class ClusterFakeQuantize(FakeQuantize):
             fitted = (sums * entries).sum(dim=1) / (counts * entries.square()).sum(dim=1).clamp_min(1e-300)
             self.scale.copy_(torch.where(fitted > 0, scale.lerp(fitted.float(), share), scale) / self.channel_unit())
         if (denominator == 0).any():
-            squares = by_group(*sums_by_code([rows.double().square()], codes, k))
+            squares = by_group(*sums_by_code([rows.square()], codes, k))
             codebook = codebook + project(self._revival(codebook, means, denominator, squares))
         codebook = codebook if scale is None else codebook * self.unit[:, None]
         self.codebook.copy_(codebook.sort(dim=1).values)

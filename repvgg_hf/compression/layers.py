@@ -33,7 +33,8 @@ def split_options(options: dict, *classes) -> list[dict]:
     Raises `TypeError` naming one that nobody has, and what it may have been meant to be.
     """
     names = [[field.name for field in dataclasses.fields(options_class)] for options_class in classes]
-    names.append([name for name in inspect.signature(ClusterConfig).parameters if name != "unknown"])
+    parameters = inspect.signature(ClusterConfig).parameters.values()
+    names.append([parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD])
     known = sum(names, [])
     for name in options:
         if name not in known:
