@@ -11,12 +11,12 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForImageClassification
 
 import repvgg_hf  # noqa: F401  registers RepVGG with the Auto classes
-from arguments import parse_arguments
-from data import DataArguments
-from evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
-from modeling import build_processor
+from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.pictures import DataArguments
+from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
+from repvgg_hf.training.models import build_processor
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
-from results import print_table, write_json
+from repvgg_hf.training.report import print_table, write_json
 
 
 @dataclass

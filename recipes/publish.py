@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from arguments import parse_arguments
+from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.hub import Results, publish, publish_family
 from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
 from repvgg_hf.hub.recipe_figures import benchmark_latency, merge_models, ptq_models, qat_models

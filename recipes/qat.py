@@ -22,16 +22,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
 import repvgg_hf
-from arguments import parse_arguments
-from data import DataArguments, collate, label_names, load_splits, training_data, with_pixel_values
-from metrics import accuracies
-from modeling import ModelArguments, build_model, build_processor
+from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, training_data, with_pixel_values
+from repvgg_hf.training.metrics import accuracies
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
-from repvgg_hf.compression.annealing import set_bits
-from repvgg_hf.compression.distillation import Distillation
-from repvgg_hf.compression.qat_options import QATOptions
-from results import print_table, write_json
-from training import PhaseArguments, loss_on_labels, predict, train_phase
+from repvgg_hf.compression.qat.annealing import set_bits
+from repvgg_hf.compression.qat.distillation import Distillation
+from repvgg_hf.compression.qat.config import QATOptions
+from repvgg_hf.training.report import print_table, write_json
+from repvgg_hf.training.loop import PhaseArguments, loss_on_labels, predict, train_phase
 
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from transformers import Trainer, TrainingArguments, set_seed
 
-from arguments import parse_arguments
-from data import DataArguments, collate, label_names, load_splits, with_pixel_values
-from metrics import trainer_accuracies
-from modeling import ModelArguments, build_model, build_processor, build_sgd
-from results import write_json
+from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
+from repvgg_hf.training.metrics import trainer_accuracies
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor, build_sgd
+from repvgg_hf.training.report import write_json
 
 
 @dataclass

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
-from .configuration_repvgg import RepVGGConfig, before_first_config
+from .runtime.configuration_repvgg import RepVGGConfig, before_first_config
 
 __version__ = "0.1.0"
 
 # public name: module that defines it, imported on first use
 _LAZY = {
-    "ClusterConfig": ".quantization_cluster",
-    "ClusterConv2d": ".quantization_cluster",
-    "ClusterLinear": ".quantization_cluster",
-    "ClusterQuantizer": ".quantization_cluster",
+    "ClusterConfig": ".runtime.quantization_cluster",
+    "ClusterConv2d": ".runtime.quantization_cluster",
+    "ClusterLinear": ".runtime.quantization_cluster",
+    "ClusterQuantizer": ".runtime.quantization_cluster",
     "QATCallback": ".compression",
-    "RepVGGBackbone": ".modeling_repvgg",
-    "RepVGGForImageClassification": ".modeling_repvgg",
-    "RepVGGModel": ".modeling_repvgg",
-    "RepVGGPreTrainedModel": ".modeling_repvgg",
-    "ReparamConv2d": ".reparameterization",
+    "RepVGGBackbone": ".runtime.modeling_repvgg",
+    "RepVGGForImageClassification": ".runtime.modeling_repvgg",
+    "RepVGGModel": ".runtime.modeling_repvgg",
+    "RepVGGPreTrainedModel": ".runtime.modeling_repvgg",
+    "ReparamConv2d": ".runtime.reparameterization",
     "kernel_report": ".analysis",
     "update_codebooks": ".compression",
 }
@@ -31,9 +31,9 @@ _LAZY = {
 if TYPE_CHECKING:
     from .analysis import kernel_report
     from .compression import QATCallback, update_codebooks
-    from .modeling_repvgg import RepVGGBackbone, RepVGGForImageClassification, RepVGGModel, RepVGGPreTrainedModel
-    from .quantization_cluster import ClusterConfig, ClusterConv2d, ClusterLinear, ClusterQuantizer
-    from .reparameterization import ReparamConv2d
+    from .runtime.modeling_repvgg import RepVGGBackbone, RepVGGForImageClassification, RepVGGModel, RepVGGPreTrainedModel
+    from .runtime.quantization_cluster import ClusterConfig, ClusterConv2d, ClusterLinear, ClusterQuantizer
+    from .runtime.reparameterization import ReparamConv2d
 
 
 def _register_models():
@@ -46,7 +46,7 @@ def _register_models():
         BitImageProcessorPil,
     )
 
-    from . import modeling_repvgg as modeling
+    from .runtime import modeling_repvgg as modeling
 
     AutoModel.register(RepVGGConfig, modeling.RepVGGModel)
     AutoModelForImageClassification.register(RepVGGConfig, modeling.RepVGGForImageClassification)

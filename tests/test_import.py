@@ -19,7 +19,7 @@ CORE = [
 # parts of the package, and what each may import besides the core and itself
 PARTS = {"compression": [], "interop": [], "analysis": [], "hub": ["analysis"]}
 HEAVY = [
-    "torchvision", "scipy", "sklearn", "datasets", "evaluate", "matplotlib", "timm", "repvgg_hf.modeling_repvgg",
+    "torchvision", "scipy", "sklearn", "datasets", "evaluate", "matplotlib", "timm", "repvgg_hf.runtime.modeling_repvgg",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_import_is_light(fresh_process):
 
 
 def test_auto_classes_need_only_the_import(fresh_process):
-    assert fresh_process[1] == "<class 'repvgg_hf.modeling_repvgg.RepVGGForImageClassification'>"
+    assert fresh_process[1] == "<class 'repvgg_hf.runtime.modeling_repvgg.RepVGGForImageClassification'>"
 
 
 def imported_modules(path: Path) -> list[tuple[str, ast.stmt, list[ast.AST]]]:
@@ -101,7 +101,7 @@ def test_imports_are_found_in_every_form(tmp_path, monkeypatch):
     path = tmp_path / "repvgg_hf" / "hub" / "card.py"
     path.parent.mkdir(parents=True)
     path.write_text(
-        "import os, repvgg_hf.packing\nfrom .. import analysis\nfrom ..interop.timm import x\nfrom . import results\n"
+        "import os, repvgg_hf.runtime.packing\nfrom .. import analysis\nfrom ..interop.timm import x\nfrom . import results\n"
         "from .cards import y\nif True:\n    from repvgg_hf.compression import z\ndef f():\n    import repvgg_hf.hub"
     )
     assert [module.removeprefix("repvgg_hf.") for module, *_ in imported_modules(path)] == [

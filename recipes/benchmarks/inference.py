@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from timm.utils.model import reparameterize_model
 
-from repvgg_hf.interop.timm import from_timm
+from repvgg_hf.networks.timm import from_timm
 
 from .measuring import BenchmarkArguments, compare, time_alternately
 from .peers import check_agreement, timm_model

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
-from repvgg_hf.cluster_layers import ClusterLayer
-from repvgg_hf.interop.timm import from_timm
+from repvgg_hf.runtime.cluster_layers import ClusterLayer
+from repvgg_hf.networks.timm import from_timm
 
 from .measuring import BenchmarkArguments, compare, time_alternately
 from .peers import timm_model

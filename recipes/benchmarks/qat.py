@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peers import peer_methods
+from repvgg_hf.recipes.peers import peer_methods
 from repvgg_hf import RepVGGForImageClassification, update_codebooks
-from repvgg_hf.interop.timm import from_timm
+from repvgg_hf.networks.timm import from_timm
 
 from .measuring import BenchmarkArguments, compare, time_alternately
 from .peers import timm_model, with_oabn
@@ -80,7 +80,7 @@ def make_step(name: str, args: QATArguments, base: RepVGGForImageClassification,
         model.reparameterize()
     palettizer = None
     if form == "dkm":
-        from peers.dkm import prepare_dkm
+        from repvgg_hf.recipes.peers.dkm import prepare_dkm
 
         model, palettizer = prepare_dkm(model, options["bits"])
     elif options:

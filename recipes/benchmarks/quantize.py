@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from repvgg_hf import ClusterConfig
-from repvgg_hf.compression.weights import quantize_weight
-from repvgg_hf.interop.timm import from_timm
+from repvgg_hf.compression.codebooks.weights import quantize_weight
+from repvgg_hf.networks.timm import from_timm
 
 from .load import LAUNCHER
 from .measuring import BenchmarkArguments, compare, time_calls

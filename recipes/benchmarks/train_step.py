@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from repvgg_hf.interop.timm import from_timm
+from repvgg_hf.networks.timm import from_timm
 
 from .measuring import BenchmarkArguments, compare, time_alternately
 from .peers import channels_last, check_agreement, timm_model, with_oabn

@@ -20,8 +20,8 @@ from coremltools.optimize.torch.palettization import (
 )
 from torch import nn
 
-from peers import PeerMethod
-from repvgg_hf.compression.calibration import block_chain
+from repvgg_hf.recipes.peers import PeerMethod
+from repvgg_hf.compression.ptq.data import block_chain
 
 logging.getLogger("coremltools").setLevel(logging.WARNING)  # it tells of every layer
 CHANNEL = {"granularity": "per_grouped_channel", "group_size": 1}

@@ -27,7 +27,7 @@ from nncf.quantization.advanced_parameters import (
 )
 from torch import nn
 
-from peers import PeerMethod
+from repvgg_hf.recipes.peers import PeerMethod
 
 INTEGERS = {8: Mode.INT8_ASYM, 4: Mode.INT4_ASYM, 3: Mode.INT3_SYM, 2: Mode.INT2_SYM}  # there is no asymmetric 3 or 2
 # a scale for 16 to 64 inputs, whichever divides a layer's: what NNCF recommends below 8 bits

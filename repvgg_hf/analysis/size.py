@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..cluster_layers import ClusterLayer
+from ..runtime.cluster_layers import ClusterLayer
 
 
 def bits_per_weight(model) -> float:

@@ -1,9 +1,9 @@
 """Making a quantised model: clustering, post-training quantisation, quantisation-aware training."""
 
-from .clustering import assign, kmeans_1d
-from .fake_quantize import ClusterFakeQuantize
-from .ptq import quantize_model
-from .qat import QATCallback, prepare_qat, restore_qat, update_codebooks
+from .codebooks.kmeans import assign, kmeans_1d
+from .qat.fake_quantize import ClusterFakeQuantize
+from .api import quantize_model
+from .qat.prepare import QATCallback, prepare_qat, restore_qat, update_codebooks
 
 __all__ = [
     "ClusterFakeQuantize",

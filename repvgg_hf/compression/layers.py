@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..quantization_cluster import ClusterConfig
-from .weights import QuantizedWeight, quantize_weight
+from ..runtime.quantization_cluster import ClusterConfig
+from .codebooks.weights import QuantizedWeight, quantize_weight
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..analysis.kernels import kernel_histogram, tail_figures
-from ..reparameterization import ReparamConv2d
+from ..runtime.reparameterization import ReparamConv2d
 
 
 @torch.no_grad()

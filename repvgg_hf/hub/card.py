@@ -12,8 +12,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from ..configuration_repvgg import RepVGGConfig
-from ..quantization_cluster import ClusterConfig
+from ..runtime.configuration_repvgg import RepVGGConfig
+from ..runtime.quantization_cluster import ClusterConfig
 from .complexity import measure_complexity
 from .drawing import figure_paths
 from .results import ModelResult, Results, build, check, read_json

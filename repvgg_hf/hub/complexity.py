@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..configuration_repvgg import RepVGGConfig
+from ..runtime.configuration_repvgg import RepVGGConfig
 
 
 @dataclass
@@ -27,7 +27,7 @@ def measure_complexity(config: RepVGGConfig, image_size: int, deploy: bool) -> C
     Counted in one forward pass without memory (on the `meta` device). Batch norms, activation functions and
     means are not counted, as is usual.
     """
-    from ..modeling_repvgg import RepVGGForImageClassification
+    from ..runtime.modeling_repvgg import RepVGGForImageClassification
 
     config = copy.deepcopy(config)
     config.deploy = deploy

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..analysis import checkpoint_bytes
-from ..weight_files import weight_files, weights_checksum
+from ..runtime.weight_files import weight_files, weights_checksum
 from .card import ModelCard, check_repo_id, write_text
 from .drawing import draw_figures
 from .results import Results

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .. import configuration_repvgg
+from ..runtime import configuration_repvgg
 
 AUTO_MAP = {
     "AutoConfig": "configuration_repvgg.RepVGGConfig",

@@ -1,0 +1,80 @@
+"""Train a fused float checkpoint with coremltools' differentiable k-means: what to compare `recipes/qat.py` with.
+
+    python recipes/qat_dkm.py --model_name_or_path outputs/train --bits 4 --dataset_name ...
+
+Same loop, data and options as there, in float32: one codebook a tensor and a scale a channel, k-means++ of scikit-learn
+for the start (its own takes minutes on a CPU), all else as coremltools has it. Writes `qat_results.json`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, training_data, with_pixel_values
+from repvgg_hf.training.metrics import accuracies
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor
+from repvgg_hf.recipes.peers import peer_methods
+from repvgg_hf.training.report import print_table, write_json
+from repvgg_hf.training.loop import PhaseArguments, predict, train_phase
+
+
+@dataclass
+class DKMArguments(PhaseArguments):
+    """How to train and palettise."""
+
+    output_dir: str = field(default="outputs/qat_dkm", metadata={"help": "Where the figures go."})
+    bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})
+    num_train_epochs: int = field(default=2, metadata={"help": "Epochs of training."})
+    learning_rate: float = field(default=0.01, metadata={"help": "Its peak learning rate."})
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    (model_args, data_args, args), arguments = parse_arguments((ModelArguments, DataArguments, DKMArguments), arguments)
+    if model_args.model_name_or_path is None:
+        raise ValueError("DKM starts from a trained float network: give --model_name_or_path.")
+    if args.resume_from_checkpoint:
+        raise ValueError("DKM's state has lists in it and can't be saved: leave --resume_from_checkpoint out.")
+    peer_methods("coremltools")  # says what to install
+    from repvgg_hf.recipes.peers.coremltools_methods import stored_bytes
+    from repvgg_hf.recipes.peers.dkm import SCALE, prepare_dkm
+
+    accelerator = Accelerator(step_scheduler_with_optimizer=False)
+    set_seed(args.seed)
+    splits = load_splits(data_args, seed=args.seed)
+    processor = build_processor(model_args.model_name_or_path, data_args)
+    train_data = training_data(splits["train"], data_args, processor)
+    validation_set = with_pixel_values(splits["validation"], data_args, processor, train=False)
+    validation = accelerator.prepare(DataLoader(validation_set, args.per_device_eval_batch_size, collate_fn=collate))
+    labels = np.array(splits["validation"][data_args.label_column_name])
+
+    model = build_model(model_args, label_names(splits["train"], data_args))
+    float_logits = predict(accelerator, model, validation)
+    weights = sum(p.numel() for p in model.reparameterize().parameters() if p.dim() > 1)
+    prepared, palettizer = prepare_dkm(model, args.bits, **SCALE)
+    trained = train_phase(
+        accelerator, prepared, train_data, "dkm", args.num_train_epochs, args.learning_rate, None, args
+    )
+    final = palettizer.finalize(trained, inplace=True)
+
+    rows = []
+    for name, logits, size in (
+        ("float, with branches", float_logits, 4 * weights),
+        (f"{args.bits} bit, packed", predict(accelerator, final, validation), stored_bytes(final, args.bits)),
+    ):
+        hits = accuracies(logits, labels)
+        figures = {"accuracy": hits["top1"], "top5": hits["top5"], "images": len(logits)}
+        rows.append({"model": name, **figures, "bytes": size, "bits_per_weight": 8 * size / weights})
+    record = {"command": ["recipes/qat_dkm.py", *arguments], "seed": args.seed, "results": rows}
+    if accelerator.is_main_process:
+        write_json(Path(args.output_dir) / "qat_results.json", record)
+        print_table("Held-out images", rows)
+    return {"results": rows}
+
+
+if __name__ == "__main__":
+    main()

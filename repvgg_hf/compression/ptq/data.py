@@ -1,0 +1,144 @@
+"""Calibration data, and a model as the chain of blocks that it is calibrated along."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...runtime.modeling_repvgg import RepVGGLayer
+
+PATCH_BYTES = 128 * 2**20  # unfolded patches of a convolution's inputs are made in pieces of this size
+
+
+class CalibrationData:
+    """Images in batches, and labels if they come with them.
+
+    Args:
+        data: a `DataLoader` or another iterable of batches (a mapping with `pixel_values` and perhaps `labels`, or a
+            tensor `[batch, channels, height, width]`), or a dataset of single examples of that kind.
+        batch_size: images a batch, when `data` holds single examples.
+        device: where to put them.
+
+    Raises `ValueError` for no images, NaN or infinite values, or images of several sizes.
+    """
+
+    def __init__(self, data, batch_size: int = 64, device: torch.device | str = "cpu"):
+        self.batches: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor | None] = []
+        for images, labels in _batches(data, batch_size):
+            if len(images) == 0:
+                continue
+            self._check(images, len(self.batches))
+            self.batches.append(images.to(device).contiguous(memory_format=torch.channels_last))
+            self.labels.append(None if labels is None else labels.to(device))
+        if not self.batches:
+            raise ValueError("The calibration data is empty: pass a few hundred images (no labels are needed).")
+
+    def _check(self, images: torch.Tensor, index: int) -> None:
+        if images.dim() != 4 or not images.is_floating_point():
+            raise ValueError(
+                f"Calibration batch {index} is {images.dtype} {list(images.shape)}, expected floating [batch, "
+                "channels, height, width]: pass batches from the image processor (pixel_values)."
+            )
+        if not images.isfinite().all():
+            raise ValueError(f"Calibration batch {index} has NaN or infinite values: check how the images are read.")
+        if self.batches and images.shape[1:] != self.batches[0].shape[1:]:
+            raise ValueError(
+                f"Calibration batch {index} has images {list(images.shape[1:])}, "
+                f"those before {list(self.batches[0].shape[1:])}: "
+                "resize all to one size with the image processor."
+            )
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+
+def _batches(data, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(images, labels or None) of each batch in anything that [`CalibrationData`] takes."""
+    if isinstance(data, torch.Tensor):
+        yield from ((images, None) for images in data.split(batch_size))
+        return
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise ValueError(f"calibration must be a DataLoader, a dataset or batches, got {type(data).__name__}.")
+    waiting = []
+    for item in data if isinstance(data, Iterable) else (data[index] for index in range(len(data))):
+        images, labels = _unpack(item)
+        if images.dim() == 4:
+            yield images, labels
+            continue
+        waiting.append((images, labels))
+        if len(waiting) == batch_size:
+            yield _stack(waiting)
+            waiting = []
+    if waiting:
+        yield _stack(waiting)
+
+
+def _unpack(item) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(images, labels or None) of a batch or a single example."""
+    if isinstance(item, torch.Tensor):
+        return item, None
+    if isinstance(item, (tuple, list)) and item and isinstance(item[0], torch.Tensor):
+        return item[0], torch.as_tensor(item[1]) if len(item) > 1 else None
+    if not hasattr(item, "keys") or not isinstance(item.get("pixel_values"), torch.Tensor):
+        found = f"keys {', '.join(map(str, item.keys()))}" if hasattr(item, "keys") else type(item).__name__
+        raise ValueError(
+            f"Calibration data must give tensors or mappings with a 'pixel_values' tensor, got {found}: pass images "
+            "through the image processor."
+        )
+    labels = item.get("labels")
+    return item["pixel_values"], None if labels is None else torch.as_tensor(labels)
+
+
+def _stack(examples: list) -> tuple[torch.Tensor, torch.Tensor | None]:
+    images, labels = zip(*examples)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Calibration images have several sizes, {sorted(shapes)}: resize all to one with the image processor."
+        )
+    return torch.stack(images), None if labels[0] is None else torch.stack(labels)
+
+
+class _Head(nn.Module):
+    """The classifier on the mean of the last feature map."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.classifier(hidden_states.mean(dim=(2, 3)))
+
+
+def block_chain(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a fused `model` in the order they run, by name: each takes the output of the one before.
+
+    The first takes the images; the last is the classifier with the pooling before it, under the name `""`, if the
+    model has one. A layer's name in the model is its block's name and its name in the block.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, RepVGGLayer)}
+    classifier = getattr(model, "classifier", None)
+    if isinstance(classifier, nn.Linear):
+        blocks[""] = _Head(classifier)
+    return blocks
+
+
+def quantizable(block_name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of a block in the order they run, with their names in the model."""
+    prefix = f"{block_name}." if block_name else ""
+    layers = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return [(prefix + name, layer) for name, layer in layers]
+
+
+def patches(layer: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A layer's inputs as columns, `[G, d, positions]`, in pieces. Its output is the weight times them."""
+    if isinstance(layer, nn.Linear):
+        yield x.reshape(-1, x.shape[-1]).T[None].float()
+        return
+    size = x[0].numel() * 4 * layer.kernel_size[0] * layer.kernel_size[1] // (layer.stride[0] * layer.stride[1])
+    for piece in x.split(max(1, PATCH_BYTES // size)):
+        columns = F.unfold(piece.float(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        columns = columns.unflatten(1, (layer.groups, -1))  # [batch, G, d, positions]
+        yield columns.permute(1, 2, 0, 3).flatten(2)

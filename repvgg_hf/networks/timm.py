@@ -1,0 +1,99 @@
+"""RepVGG models of timm (`repvgg_a0` to `repvgg_d2se`), in train or fused form."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from ..runtime.configuration_repvgg import RepVGGConfig
+from ..runtime.modeling_repvgg import RepVGGForImageClassification
+
+# a layer's parts, in timm's names and in ours
+_PARTS = {
+    "conv_kxk.conv": "conv.branches.3x3.conv",
+    "conv_kxk.bn": "conv.branches.3x3.norm",
+    "conv_1x1.conv": "conv.branches.1x1.conv",
+    "conv_1x1.bn": "conv.branches.1x1.norm",
+    "identity": "conv.branches.identity.norm",
+    "reparam_conv": "conv",
+    "attn.fc1": "attention.fc1",
+    "attn.fc2": "attention.fc2",
+}
+_LAYER_KEY = re.compile(rf"(?:stem|stages\.(\d+)\.(\d+))\.({'|'.join(map(re.escape, _PARTS))})\.(\w+)")
+
+
+def convert_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a timm RepVGG's `state_dict` under the names of [`RepVGGForImageClassification`].
+
+    Raises `ValueError` naming the keys that no RepVGG of timm has.
+    """
+    converted, unknown = {}, []
+    for key, tensor in state_dict.items():
+        if key in ("head.fc.weight", "head.fc.bias"):
+            converted[key.replace("head.fc", "classifier")] = tensor
+        elif match := _LAYER_KEY.fullmatch(key):
+            stage, layer, part, name = match.groups()
+            place = "embeddings.layer" if stage is None else f"encoder.stages.{stage}.layers.{layer}"
+            converted[f"repvgg.{place}.{_PARTS[part]}.{name}"] = tensor
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"Not a RepVGG of timm: unknown keys {', '.join(unknown[:5])} ({len(unknown)} of {len(state_dict)}). Give "
+            "the state dict of a model such as timm.create_model('repvgg_a0')."
+        )
+    return converted
+
+
+def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
+    """A [`RepVGGForImageClassification`] with the weights of a timm RepVGG, in the form that it has, train or fused.
+
+    Its batch normalisation is plain, as timm's is. To train it further with OABN, save it and load it with
+    `from_pretrained(folder, oabn=True)`. Raises `ValueError` for a model that is no RepVGG.
+    """
+    state_dict = convert_timm_state_dict(timm_model.state_dict())
+    if not isinstance(timm_model.stem.act, nn.ReLU):
+        raise ValueError(
+            f"The activation is {type(timm_model.stem.act).__name__}: only models with ReLU are converted."
+        )
+    with no_init_weights():  # every weight is loaded
+        model = RepVGGForImageClassification(_config_of(timm_model, state_dict))
+    model.load_state_dict(state_dict)
+    return model.train(timm_model.training)
+
+
+def _config_of(timm_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> RepVGGConfig:
+    """The configuration that the shapes describe; strides and epsilon are in no shape and come from the modules."""
+    deploy = not any(".branches." in key for key in state_dict)
+    kernel_key = "conv.weight" if deploy else "conv.branches.3x3.conv.weight"
+    stem = state_dict[f"repvgg.embeddings.layer.{kernel_key}"]
+    squeeze = state_dict.get("repvgg.embeddings.layer.attention.fc1.weight")
+    stages = []  # kernels [out, in / groups, 3, 3] of each stage's layers
+    for stage in range(len(timm_model.stages)):
+        layers = range(len(timm_model.stages[stage]))
+        stages.append([state_dict[f"repvgg.encoder.stages.{stage}.layers.{layer}.{kernel_key}"] for layer in layers])
+    outs = [stem.shape[0], *(kernel.shape[0] for stage in stages for kernel in stage)]
+    ins = [kernel.shape[1] for stage in stages for kernel in stage]
+    classifier = state_dict.get("classifier.weight")
+    norms = [module for module in timm_model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return RepVGGConfig(
+        num_channels=stem.shape[1],
+        stem_hidden_size=stem.shape[0],
+        hidden_sizes=[stage[0].shape[0] for stage in stages],
+        depths=[len(stage) for stage in stages],
+        stem_stride=_stride(timm_model.stem),
+        strides=[_stride(stage[0]) for stage in timm_model.stages],
+        groups=max(before // width for before, width in zip(outs, ins)),
+        use_squeeze_excitation=squeeze is not None,
+        squeeze_ratio=16 if squeeze is None else stem.shape[0] // squeeze.shape[0],
+        batch_norm_eps=norms[0].eps if norms else 1e-5,
+        oabn=False,
+        deploy=deploy,
+        num_labels=0 if classifier is None else classifier.shape[0],
+    )
+
+
+def _stride(layer: nn.Module) -> int:
+    return max(module.stride[0] for module in layer.modules() if isinstance(module, nn.Conv2d))

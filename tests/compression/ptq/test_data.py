@@ -1,0 +1,110 @@
+"""Calibration data and the chain of blocks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from repvgg_hf import RepVGGBackbone, RepVGGForImageClassification, RepVGGModel
+from repvgg_hf.compression.ptq.data import CalibrationData, block_chain, patches, quantizable
+
+
+@pytest.fixture
+def images(generator):
+    return torch.randn(10, 3, 16, 16, generator=generator)
+
+
+class Examples(torch.utils.data.Dataset):
+    """A map-style dataset as `datasets` gives them: examples are dictionaries."""
+
+    def __init__(self, images, labels=None):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        example = {"pixel_values": self.images[index]}
+        return example if self.labels is None else example | {"labels": int(self.labels[index])}
+
+
+def test_every_kind_of_data_gives_the_same_batches(images):
+    labels = torch.arange(10) % 4
+    plain = {
+        "tensor": images,
+        "examples": Examples(images),
+        "loader": DataLoader(Examples(images), batch_size=4),
+        "batches": [{"pixel_values": batch} for batch in images.split(4)],
+        "generator": (batch for batch in images.split(4)),
+    }
+    labelled = {
+        "labelled examples": Examples(images, labels),
+        "labelled loader": DataLoader(Examples(images, labels), batch_size=4),
+        "tuples": DataLoader(TensorDataset(images, labels), batch_size=4),
+        "single tuples": TensorDataset(images, labels),
+    }
+    for data in [*plain.values(), *labelled.values()]:
+        read = CalibrationData(data, batch_size=4)
+        assert len(read) == 10 and [len(batch) for batch in read.batches] == [4, 4, 2]
+        assert torch.equal(torch.cat(read.batches), images)
+        if data in labelled.values():
+            assert torch.equal(torch.cat(read.labels), labels)
+    assert CalibrationData(Examples(images), batch_size=4).labels == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ([], "empty: pass a few hundred images"),
+        (torch.zeros(0, 3, 8, 8), "empty"),
+        (torch.zeros(2, 3, 8), r"batch 0 is torch.float32 \[2, 3, 8\], expected floating"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"batch 0 is torch.uint8 .*pixel_values"),
+        (torch.full((2, 3, 8, 8), float("nan")), "batch 0 has NaN or infinite values"),
+        ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 9)], r"batch 1 has .*\[3, 8, 9\], those before \[3, 8, 8\]"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], "several sizes.*resize all to one"),
+        ([{"image": torch.zeros(3, 8, 8)}], "'pixel_values' tensor, got keys image"),
+        (["a.png"], "'pixel_values' tensor, got str"),
+        (7, "must be a DataLoader, a dataset or batches, got int"),
+    ],
+)
+def test_bad_data(data, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationData(data)
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_chain_runs_as_the_model_does(squeeze, tiny_config, images):
+    fields = {"use_squeeze_excitation": squeeze, "deploy": True}
+    for model_class in (RepVGGForImageClassification, RepVGGModel, RepVGGBackbone):
+        model = model_class(tiny_config(num_labels=4, **fields)).eval()
+        x = images
+        names = []
+        for block in block_chain(model).items():
+            x = block[1](x)
+            names += [name for name, _ in quantizable(*block)]
+        outputs = model(images)
+        expected = outputs.feature_maps[-1] if model_class is RepVGGBackbone else outputs[0]
+        assert torch.allclose(x, expected, atol=1e-6)
+        every = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        assert names == every
+
+
+@pytest.mark.parametrize(
+    "layer, size",
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), (4, 9, 7)),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 9, 7)),
+        (nn.Conv2d(4, 6, 1), (4, 1, 1)),
+        (nn.Linear(5, 3), (5,)),
+    ],
+    ids=str,
+)
+def test_weight_times_patches_is_the_output(layer, size, generator, monkeypatch):
+    monkeypatch.setattr("repvgg_hf.compression.ptq.data.PATCH_BYTES", 4000)  # so that there are several pieces
+    x = torch.randn(5, *size, generator=generator)
+    pieces = list(patches(layer, x))
+    assert len(pieces) == 1 if isinstance(layer, nn.Linear) else True
+    columns = torch.cat(pieces, dim=2)  # [G, d, positions]
+    out = (layer.weight.reshape(len(columns), -1, columns.shape[1]) @ columns).flatten(0, 1)  # [out, positions]
+    expected = layer(x) - layer.bias.view(-1, *[1] * (len(size) - 1))
+    assert torch.allclose(out, expected.movedim(1, 0).reshape(len(out), -1), atol=1e-5)
