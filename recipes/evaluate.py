@@ -1,4 +1,4 @@
-"""Evaluate a float or quantised checkpoint: top-1, top-5, loss, size on disk, bits per weight.
+"""Evaluate a float or quantized checkpoint: top-1, top-5, loss, size on disk, bits per weight.
 
 python recipes/evaluate.py --model_name_or_path outputs/train
 python recipes/evaluate.py --model_name_or_path outputs/ptq/cluster-w4 --output_json results.json
@@ -23,7 +23,7 @@ from repvgg_hf.training.report import print_table, write_json
 class CheckpointArguments:
     """What to evaluate."""
 
-    model_name_or_path: str = field(metadata={"help": "A checkpoint folder or Hub id, float or quantised."})
+    model_name_or_path: str = field(metadata={"help": "A checkpoint folder or Hub id, float or quantized."})
     output_json: str | None = field(default=None, metadata={"help": "Write the figures to this file, too."})
 
 

@@ -1,11 +1,11 @@
-"""Train with OABN, fuse, train with quantised weights (ClusterQAT), pack, save, reload: the whole story.
+"""Train with OABN, fuse, train with quantized weights (ClusterQAT), pack, save, reload: the whole story.
 
     accelerate launch recipes/qat.py                                       # digits, from scratch, 4 bits
     accelerate launch recipes/qat.py --model_name_or_path outputs/train    # from a float checkpoint
     accelerate launch --config_file recipes/configs/gpu8.yaml recipes/qat.py --bits 2 --granularity per_channel \\
         --calibration_images 1024 --distillation_weight 1 --model_name_or_path ...      # all that helps at 2 bits
 
-`--output_dir` holds the float model (`float/`), the fused one (`fused/`), the quantised one (`quantized/`), the figures
+`--output_dir` holds the float model (`float/`), the fused one (`fused/`), the quantized one (`quantized/`), the figures
 (`qat_results.json`) and a checkpoint an epoch; `--resume_from_checkpoint` goes on from the last of these.
 """
 
@@ -23,7 +23,14 @@ from transformers import AutoModelForImageClassification
 
 import repvgg_hf
 from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, training_data, with_pixel_values
+from repvgg_hf.training.pictures import (
+    DataArguments,
+    collate,
+    label_names,
+    load_splits,
+    training_data,
+    with_pixel_values,
+)
 from repvgg_hf.training.metrics import accuracies
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
@@ -49,12 +56,12 @@ with torch.inference_mode():
 
 @dataclass
 class QATArguments(PhaseArguments):
-    """How to train and quantise."""
+    """How to train and quantize."""
 
     output_dir: str = field(default="outputs/qat", metadata={"help": "Where models, checkpoints and figures go."})
     num_float_epochs: int = field(default=24, metadata={"help": "Epochs of float training, without a checkpoint."})
     float_learning_rate: float = field(default=0.1, metadata={"help": "Its peak learning rate."})
-    num_train_epochs: int = field(default=5, metadata={"help": "Epochs of quantisation-aware training."})
+    num_train_epochs: int = field(default=5, metadata={"help": "Epochs of quantization-aware training."})
     learning_rate: float = field(default=0.01, metadata={"help": "Its peak learning rate."})
     method: str = field(default="cluster", metadata={"help": "cluster, or uniform (LSQ)."})
     bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})
@@ -103,7 +110,7 @@ class QATArguments(PhaseArguments):
         )
 
     def stages(self) -> list[tuple[str, int, int]]:
-        """(phase, bits, epochs) of quantisation-aware training."""
+        """(phase, bits, epochs) of quantization-aware training."""
         return [(f"qat{bits}", bits, self.num_anneal_epochs) for bits in self.anneal_bits] + [
             ("qat", self.bits, self.num_train_epochs)
         ]
@@ -128,7 +135,7 @@ def main(arguments: list[str] | None = None) -> dict:
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,  # one scheduler step an optimiser step, whatever the number of processes
+        step_scheduler_with_optimizer=False,  # one scheduler step an optimizer step, whatever the number of processes
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir,
     )
@@ -157,12 +164,12 @@ def main(arguments: list[str] | None = None) -> dict:
     model = AutoModelForImageClassification.from_pretrained(finished)
     float_logits = predict(accelerator, model, validation)
 
-    # 2. the same, fused: what is quantised, and what a float deployment would ship
+    # 2. the same, fused: what is quantized, and what a float deployment would ship
     fused = AutoModelForImageClassification.from_pretrained(finished).reparameterize()
     save(accelerator, fused, output_dir / "fused", processor)
     fused_logits = predict(accelerator, fused, validation)
 
-    # 3. train on with quantised weights, still with branches
+    # 3. train on with quantized weights, still with branches
     distillation = Distillation(
         fused, args.distillation_weight, args.distillation_temperature, args.distillation_features
     )

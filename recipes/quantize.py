@@ -1,10 +1,10 @@
-"""Quantise a float checkpoint without training, for every combination of bits, methods and granularities asked for.
+"""Quantize a float checkpoint without training, for every combination of bits, methods and granularities asked for.
 
     python recipes/ptq.py --model_name_or_path outputs/train --bits 8 4 3 --methods uniform cluster
     python recipes/ptq.py --model_name_or_path outputs/train --bits 4 3 2 --calibration_samples 512 --ablation True
     python recipes/ptq.py --model_name_or_path outputs/train --calibration_samples 512 --peers coremltools nncf
 
-Each quantised model is saved in `--output_dir` and evaluated; the figures go to `ptq_results.json` there, and accuracy
+Each quantized model is saved in `--output_dir` and evaluated; the figures go to `ptq_results.json` there, and accuracy
 against bits and bytes to `accuracy_bits` and `accuracy_bytes`, `.png` and `.svg`.
 """
 
@@ -37,7 +37,7 @@ PLAIN = {"sensitivity": "none", "error_compensation": False, "bias_correction": 
 
 @dataclass
 class QuantizationArguments:
-    """What to quantise, and how. Lists are combined with each other."""
+    """What to quantize, and how. Lists are combined with each other."""
 
     model_name_or_path: str = field(metadata={"help": "A float checkpoint, with branches or fused."})
     output_dir: str = field(default="outputs/ptq", metadata={"help": "Where models and figures go."})
@@ -60,7 +60,7 @@ class QuantizationArguments:
         default_factory=list,
         metadata={
             "help": "Libraries to compare with: coremltools, nncf. Those of their methods that need calibration images "
-            "run with --calibration_samples only, those that quantise activations with --activation_bits only."
+            "run with --calibration_samples only, those that quantize activations with --activation_bits only."
         },
     )
     plot: bool = field(default=True, metadata={"help": "Draw the figures; needs matplotlib."})
@@ -71,7 +71,7 @@ class QuantizationArguments:
 class CalibrationArguments:
     """Calibration on images of the training split, without labels. An option left out takes `quantize()`'s default."""
 
-    calibration_samples: int = field(default=0, metadata={"help": "How many images; 0 quantises without data."})
+    calibration_samples: int = field(default=0, metadata={"help": "How many images; 0 quantizes without data."})
     calibration_batch_size: int = field(default=64, metadata={"help": "Images in a batch."})
     sensitivity: str | None = field(default=None, metadata={"help": "none, second_moment or fisher."})
     error_compensation: bool | None = field(default=None, metadata={"help": "GPTQ with the codebook."})
@@ -109,7 +109,7 @@ class CalibrationArguments:
 
 @dataclass
 class Trial:
-    """One quantised model to be made: its folder, its line in the figures, and the arguments of `quantize()`.
+    """One quantized model to be made: its folder, its line in the figures, and the arguments of `quantize()`.
 
     `bits` is `None` if they differ between layers; `options` is `None` without calibration.
     """
@@ -167,7 +167,7 @@ def calibration_batches(data_args: DataArguments, processor, calibration: Calibr
 
 
 def measure(trial: Trial, output_dir: Path, processor, batches, dataset, evaluation_args) -> dict:
-    """Quantise, save and evaluate one model; its row of the results."""
+    """Quantize, save and evaluate one model; its row of the results."""
     model = AutoModelForImageClassification.from_pretrained(output_dir / "float")
     start = time.perf_counter()
     options = {} if trial.options is None else {"calibration": batches} | trial.options

@@ -1,4 +1,4 @@
-"""Train a float RepVGG with outlier-aware batch normalisation.
+"""Train a float RepVGG with outlier-aware batch normalization.
 
     python recipes/train.py --output_dir outputs/digits
     python recipes/train.py --dataset_name cifar10 --image_column_name img --image_size 32 ...

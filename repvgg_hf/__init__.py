@@ -1,6 +1,6 @@
-"""RepVGG that survives low-bit quantisation, in the idiom of Transformers.
+"""RepVGG that survives low-bit quantization, in the idiom of Transformers.
 
-Importing the package makes RepVGG and the `cluster` quantisation method known to the Auto classes.
+Importing the package makes RepVGG and the `cluster` quantization method known to the Auto classes.
 """
 
 from importlib import import_module
@@ -31,7 +31,12 @@ _LAZY = {
 if TYPE_CHECKING:
     from .analysis import kernel_report
     from .compression import QATCallback, update_codebooks
-    from .runtime.modeling_repvgg import RepVGGBackbone, RepVGGForImageClassification, RepVGGModel, RepVGGPreTrainedModel
+    from .runtime.modeling_repvgg import (
+        RepVGGBackbone,
+        RepVGGForImageClassification,
+        RepVGGModel,
+        RepVGGPreTrainedModel,
+    )
     from .runtime.quantization_cluster import ClusterConfig, ClusterConv2d, ClusterLinear, ClusterQuantizer
     from .runtime.reparameterization import ReparamConv2d
 

@@ -60,10 +60,10 @@ def randomize_batch_norms():
 
 @pytest.fixture(scope="session")
 def keep_signal():
-    """`keep_signal(model, layer_class)`: normalise every layer's output.
+    """`keep_signal(model, layer_class)`: normalize every layer's output.
 
     Random weights and statistics let a deep model forget its input, whose logits would then agree with anything's; in
-    D2se they saturate the gates. Between normalised layers an error of 1 % in an early kernel moves the logits by 0.03
+    D2se they saturate the gates. Between normalized layers an error of 1 % in an early kernel moves the logits by 0.03
     to 17 % (measured on A0, B0, B1g4 and D2se).
     """
 

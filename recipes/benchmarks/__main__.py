@@ -3,9 +3,9 @@
     python recipes/benchmark.py inference                      fused, against timm's fused; 4 bit against float
     python recipes/benchmark.py train_step                     OABN against plain batch norm, both against timm
     python recipes/benchmark.py load                           a 4 bit checkpoint against the float one
-    python recipes/benchmark.py qat                            quantisation-aware against float steps, and DKM
+    python recipes/benchmark.py qat                            quantization-aware against float steps, and DKM
     python recipes/benchmark.py quantize                       clustering the weights, against four libraries
-    python recipes/benchmark.py calibrate                      quantising with calibration images: time and memory
+    python recipes/benchmark.py calibrate                      quantizing with calibration images: time and memory
     python recipes/benchmark.py inference --help               the options of one of them
 
 Sides take turns, in a new order each time, and a ratio is that of their medians, so that the machine's noise hits all

@@ -1,4 +1,4 @@
-"""Quantising with calibration data: time and peak memory, for a model and images of the usual size."""
+"""Quantizing with calibration data: time and peak memory, for a model and images of the usual size."""
 
 import itertools
 import json

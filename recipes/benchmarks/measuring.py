@@ -51,7 +51,7 @@ def time_alternately(functions: dict[str, Callable], args: BenchmarkArguments) -
     Every turn has another order: a function also pays for the caches and the heap that the one before it left.
     """
     for function in functions.values():
-        function()  # lazy initialisation, caches
+        function()  # lazy initialization, caches
     quickest = min(time_calls(function, 1) for function in functions.values())
     calls = max(1, math.ceil(args.seconds / quickest))
     times = {name: [] for name in functions}

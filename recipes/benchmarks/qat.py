@@ -1,4 +1,4 @@
-"""A step of quantisation-aware training against a float step, in time and peak memory; coremltools' DKM beside it."""
+"""A step of quantization-aware training against a float step, in time and peak memory; coremltools' DKM beside it."""
 
 import copy
 import json

@@ -80,7 +80,7 @@ class QuantizeArguments(BenchmarkArguments):
 
 
 def network_weights(variant: str, layers: int | None, device: str) -> Weights:
-    """The weights of a fused network with timm's random initialisation."""
+    """The weights of a fused network with timm's random initialization."""
     model = from_timm(timm_model(variant)).reparameterize()
     weights = {
         name: layer.weight.detach().to(device)
@@ -115,7 +115,7 @@ def measure(weights: Weights, granularity: str, peers: list[str], args: Quantize
     per_channel = granularity == "per channel"
     name, first = next(iter(weights.items()))
     for method in methods.values():
-        method({name: first}, args.bits, per_channel)()  # lazy initialisation, compilation
+        method({name: first}, args.bits, per_channel)()  # lazy initialization, compilation
     seconds, errors = {name: [] for name in methods}, {}
     order, shuffle = list(methods), random.Random(args.seed).shuffle
     for turn in range(max(args.repeats, args.peer_repeats if peers else 0)):

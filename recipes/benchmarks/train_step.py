@@ -31,7 +31,7 @@ class TrainStepArguments(BenchmarkArguments):
 
 
 def training_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """A function that takes one step on the loss; the same optimiser for all."""
+    """A function that takes one step on the loss; the same optimizer for all."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def step():

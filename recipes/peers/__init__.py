@@ -1,4 +1,4 @@
-"""Other libraries' post-training quantisation of a fused RepVGG, measured by the same evaluation as ours.
+"""Other libraries' post-training quantization of a fused RepVGG, measured by the same evaluation as ours.
 
 A library is imported only when it is asked for: `pip install 'repvgg-hf[peers]'`.
 """
@@ -19,13 +19,13 @@ PEERS = {
 
 @dataclass
 class PeerMethod:
-    """One way of a library to quantise.
+    """One way of a library to quantize.
 
     Args:
         label: its name in tables and figures.
         bits: of a weight, that it can do.
         quantize: `(fused float model, bits, batches [batch, 3, height, width])` -> `(model, bytes)`: a new model that
-            computes with the quantised weights, and what codes, tables, scales and zero points take in the library's
+            computes with the quantized weights, and what codes, tables, scales and zero points take in the library's
             own format. Biases stay float and are not counted.
         calibrated: whether it looks at the batches.
         activation_bits: of the layers' inputs; `None` if these stay float.

@@ -10,7 +10,7 @@ SCIKIT = "cpu.kmeans++"  # its own k-means++ for the start takes minutes on a CP
 def prepare_dkm(model: torch.nn.Module, bits: int, **options) -> tuple[torch.nn.Module, DKMPalettizer]:
     """A fused model under DKM from the first step on, in place, one codebook a tensor; and its palettizer.
 
-    `options` are further ones of `ModuleDKMPalettizerConfig`. Call the palettizer's `step` after each optimiser step,
+    `options` are further ones of `ModuleDKMPalettizerConfig`. Call the palettizer's `step` after each optimizer step,
     and `finalize` at the end, which puts the entries of the codebooks into the kernels.
     """
     settings = {"n_bits": bits, "granularity": "per_tensor", "weight_threshold": 0, "milestone": 0, **options}

@@ -1,4 +1,4 @@
-"""NNCF 3.4: weight compression below 8 bits with convolutions as matrices, and its post-training quantisation.
+"""NNCF 3.4: weight compression below 8 bits with convolutions as matrices, and its post-training quantization.
 
 `nncf.compress_weights` keeps every convolution at 8 bits whatever the mode, GPTQ raises "Convolution metatypes are not
 supported", and for a PyTorch model it refuses GPTQ and all codebook modes and fails at 2 and 3 bits ("cannot access

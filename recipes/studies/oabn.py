@@ -1,4 +1,4 @@
-"""What OABN does to a small RepVGG: train with plain batch norm and with OABN, then quantise both without retraining.
+"""What OABN does to a small RepVGG: train with plain batch norm and with OABN, then quantize both without retraining.
 
     python recipes/study.py --dataset_name <CIFAR-10 on the Hub or as a parquet folder> --image_column_name img
 
@@ -59,7 +59,7 @@ def run_recipe(name: str, options: str, args: StudyArguments, **more) -> None:
 
 
 def study_norm(norm: str, args: StudyArguments) -> dict:
-    """Train and quantise with one kind of batch normalisation."""
+    """Train and quantize with one kind of batch normalization."""
     folder = Path(args.output_dir) / norm.lower()
     if not (folder / "train_results.json").exists():
         limits = {"num_train_epochs": args.num_train_epochs, "max_train_samples": args.max_train_samples}
@@ -82,7 +82,7 @@ def markdown(record: dict) -> str:
     norms = record["norms"]
     lines = [
         f"RepVGG of {record['parameters'] / 1e6:.1f} M parameters in train form, {record['dataset']}, "
-        f"{record['epochs']} epochs, seed {record['seed']}, weights quantised without retraining; top-1 in percent.",
+        f"{record['epochs']} epochs, seed {record['seed']}, weights quantized without retraining; top-1 in percent.",
         "",
         "| weights | bits per weight | " + " | ".join(norms) + " |",
         "|---|---|" + "---|" * len(norms),

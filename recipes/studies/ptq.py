@@ -1,4 +1,4 @@
-"""What each step of post-training quantisation is worth, on float checkpoints that `recipes/study.py` trained.
+"""What each step of post-training quantization is worth, on float checkpoints that `recipes/study.py` trained.
 
     python recipes/ptq_study.py --models BN/0=outputs/study/bn OABN/0=outputs/study/oabn --dataset_name <CIFAR-10>
 
@@ -47,7 +47,7 @@ TARGETS = (2.5, 3.2)  # bits a weight, mixed precision
 
 @dataclass
 class PTQStudyArguments:
-    """Which models to quantise, at which bits."""
+    """Which models to quantize, at which bits."""
 
     models: list[str] = field(
         metadata={"help": "name/seed=folder of each float checkpoint, such as BN/0=outputs/study/bn."}
@@ -93,7 +93,7 @@ def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
 
 
 def with_options(options: dict):
-    """Our quantisation with these `options`."""
+    """Our quantization with these `options`."""
 
     def quantize(model):
         model.quantize(**options)
@@ -114,7 +114,7 @@ def with_peer(peer: PeerMethod, bits: int, images: torch.Tensor):
 
 
 def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, tuple]:
-    """(what quantises, what to note) of every line of the study, by its name."""
+    """(what quantizes, what to note) of every line of the study, by its name."""
     chosen = {"float": (lambda model: (model, 32.0), {})}
     for name, (options, calibrated) in settings(study.bits).items():
         calibration = {"calibration": images} if calibrated else {}

@@ -1,4 +1,4 @@
-"""What quantisation-aware training reaches with few bits, on float checkpoints that `recipes/study.py` trained.
+"""What quantization-aware training reaches with few bits, on float checkpoints that `recipes/study.py` trained.
 
     python recipes/qat_study.py --models OABN/0=outputs/study/oabn BN/0=outputs/study/bn --dataset_name <CIFAR-10>
 
@@ -174,7 +174,7 @@ def markdown(record: dict) -> str:
     images = next(row["images"] for results in record["models"].values() for row in results.values())
     text = [
         f"Top-1 in percent on {images:,} images of {record['dataset']}, after {record['epochs']} epochs of "
-        f"quantisation-aware training; seed {record['seed']}."
+        f"quantization-aware training; seed {record['seed']}."
     ]
     for kind, results in by_kind(record["models"]).items():
         bits = sorted({int(line.split("|")[1]) for line in results if "|" in line}, reverse=True)

@@ -15,7 +15,14 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, training_data, with_pixel_values
+from repvgg_hf.training.pictures import (
+    DataArguments,
+    collate,
+    label_names,
+    load_splits,
+    training_data,
+    with_pixel_values,
+)
 from repvgg_hf.training.metrics import accuracies
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor
 from repvgg_hf.recipes.peers import peer_methods
@@ -25,7 +32,7 @@ from repvgg_hf.training.loop import PhaseArguments, predict, train_phase
 
 @dataclass
 class DKMArguments(PhaseArguments):
-    """How to train and palettise."""
+    """How to train and palettize."""
 
     output_dir: str = field(default="outputs/qat_dkm", metadata={"help": "Where the figures go."})
     bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})

@@ -13,7 +13,7 @@ def kernel_report(model) -> list[dict]:
     """Outlier figures of every fused kernel and linear weight, in the model's order; the model is not changed.
 
     Each entry holds `name`, `shape`, `std`, `max_over_std` (the largest magnitude in standard deviations) and
-    `kurtosis` (the fourth standardised moment, 3 for a normal distribution). Branches are fused for the purpose.
+    `kurtosis` (the fourth standardized moment, 3 for a normal distribution). Branches are fused for the purpose.
     """
     fused = model.fused_convolutions()
     inside = tuple(f"{name}." for name in fused)
@@ -26,20 +26,20 @@ def kernel_report(model) -> list[dict]:
 
 def tail_figures(weight: torch.Tensor) -> dict:
     """`shape`, `std`, `max_over_std` and `kurtosis` of a tensor, computed in float64."""
-    centred = weight.double() - weight.double().mean()
-    variance = centred.square().mean()
+    centered = weight.double() - weight.double().mean()
+    variance = centered.square().mean()
     return {
         "shape": list(weight.shape),
         "std": variance.sqrt().item(),
         "max_over_std": (weight.abs().max() / variance.sqrt()).item(),
-        "kurtosis": (centred.pow(4).mean() / variance.square()).item(),
+        "kurtosis": (centered.pow(4).mean() / variance.square()).item(),
     }
 
 
 def kernel_histogram(tensors: torch.Tensor | Iterable[torch.Tensor], name: str = "kernels") -> dict:
     """How the entries of a kernel, or of several together, are distributed, in standard deviations of their kernel.
 
-    Each tensor is centred and divided by its standard deviation, since codebooks and ranges are chosen for each. Bin
+    Each tensor is centered and divided by its standard deviation, since codebooks and ranges are chosen for each. Bin
     `i` of `counts` begins at `(first + i) * bin_width`; `largest` is the largest magnitude. Raises `ValueError` with
     `name` for no, constant or non-finite entries.
     """
@@ -51,7 +51,7 @@ def kernel_histogram(tensors: torch.Tensor | Iterable[torch.Tensor], name: str =
 
 
 def _standardized(name: str, tensors: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-    """All entries, float64, each tensor centred and divided by its standard deviation."""
+    """All entries, float64, each tensor centered and divided by its standard deviation."""
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     parts = []
     for index, tensor in enumerate(tensors):

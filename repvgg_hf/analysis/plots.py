@@ -10,10 +10,10 @@ import torch
 
 from .kernels import kernel_histogram
 
-# Okabe and Ito's colours, told apart by colour-blind readers, without the yellow that vanishes on paper
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, told apart by color-blind readers, without the yellow that vanishes on paper
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LINE_STYLES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)))  # the next one each time that the colours are used up
+LINE_STYLES = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1, 1.5)))  # the next one each time that the colors are used up
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ def plot_accuracy(
 
     Args:
         results: a mapping for each model: `label` names its line, `top1` is in percent, and there are `bits_per_weight`
-            and `bytes`, as `recipes/ptq.py` writes them. The one labelled `"float"` becomes a dashed horizontal line.
+            and `bytes`, as `recipes/ptq.py` writes them. The one labeled `"float"` becomes a dashed horizontal line.
         path: of the files, without their suffix. The same results give the same bytes.
         x: `"bits"` stored for each weight, or `"bytes"` of the checkpoint on a logarithmic axis.
         lowest: where the axis of top-1 begins, in percent, to see the best from nearer; else it shows everything.
@@ -57,7 +57,7 @@ def plot_accuracy(
     lines = _lines(results, key)
     reference = lines.pop("float", None)
     if not lines:
-        raise ValueError("results holds no quantised model: give the rows that recipes/ptq.py wrote.")
+        raise ValueError("results holds no quantized model: give the rows that recipes/ptq.py wrote.")
     highest = max(row["top1"] for row in results)
     if lowest is not None and not lowest < highest:
         raise ValueError(f"lowest must be below the best top-1, {highest}, got {lowest!r}.")
@@ -70,8 +70,8 @@ def plot_accuracy(
             axes.axhline(reference[0][1], color="#666666", linestyle="--", linewidth=1, label="float", gid="float")
         # in the legend as in the figure: the most accurate at the fewest bits on top
         for index, (label, points) in enumerate(sorted(lines.items(), key=lambda line: -line[1][0][1])):
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            style["linestyle"] = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+            style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+            style["linestyle"] = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
             axes.plot(*zip(*points), label=_plain(label), gid=f"line-{index}", zorder=3, **style)
         axes.set(xlabel=x_label, ylabel="top-1 (%)", title=title)
         if lowest is not None:
@@ -150,7 +150,7 @@ def plot_kernel_histogram(
             before = histogram["first"] - first
             counts = [0] * before + histogram["counts"]
             counts += [0] * (last - first - len(counts))
-            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
+            style = {"color": COLORS[index % len(COLORS)], "linestyle": LINE_STYLES[index % len(LINE_STYLES)]}
             label = _plain(f"{name}, largest {histogram['largest']:.0f}")
             axes.stairs(counts, edges.tolist(), baseline=None, label=label, gid=f"line-{index}", **style)
         normal = torch.special.ndtr(edges).diff() * sum(next(iter(histograms.values()))["counts"])

@@ -1,4 +1,4 @@
-"""Making a quantised model: clustering, post-training quantisation, quantisation-aware training."""
+"""Making a quantized model: clustering, post-training quantization, quantization-aware training."""
 
 from .codebooks.kmeans import assign, kmeans_1d
 from .qat.fake_quantize import ClusterFakeQuantize

@@ -1,4 +1,4 @@
-"""Post-training quantisation of a whole model."""
+"""Post-training quantization of a whole model."""
 
 import torch
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -17,15 +17,15 @@ logger = logging.get_logger(__name__)
 def quantize_model(model, method=None, bits=None, calibration=None, **options):
     """See `RepVGGPreTrainedModel.quantize`. Everything is computed first: an error leaves `model` unchanged."""
     if getattr(model, "is_quantized", False):
-        raise ValueError("The model is quantised already: quantise the float model, or call model.dequantize() first.")
+        raise ValueError("The model is quantized already: quantize the float model, or call model.dequantize() first.")
     trained = fake_quantizers(model)
     if trained and (method is not None or bits is not None or calibration is not None or options):
         raise ValueError(
-            "The model was prepared for QAT, which fixed how it is quantised: call quantize() without arguments."
+            "The model was prepared for QAT, which fixed how it is quantized: call quantize() without arguments."
         )
     fused, float_layers = fused_layers(model)
     if fused:
-        logger.warning("Fusing the branches of %d blocks before quantising.", len(fused))
+        logger.warning("Fusing the branches of %d blocks before quantizing.", len(fused))
     if trained:
         layers, config = _trained_layers(float_layers, trained, trained_input_ranges(model)), model.qat_config
     else:
@@ -46,7 +46,7 @@ def quantize_model(model, method=None, bits=None, calibration=None, **options):
 
 
 def _trained_layers(layers, trained, ranges) -> dict[str, CalibratedLayer]:
-    """What quantisation-aware training has made of each layer."""
+    """What quantization-aware training has made of each layer."""
     for name in trained:
         require_finite(name, layers[name])
     return {
@@ -58,7 +58,7 @@ def _trained_layers(layers, trained, ranges) -> dict[str, CalibratedLayer]:
 def _quantized_layers(
     model, layers, method, bits, calibration, options
 ) -> tuple[dict[str, CalibratedLayer], ClusterConfig]:
-    """Each layer quantised after training, and the configuration with all choices made."""
+    """Each layer quantized after training, and the configuration with all choices made."""
     calibration_options, options = split_options(options, CalibrationOptions)
     config = resolve_config(method, bits, options)
     config.check_names(list(layers))
@@ -66,7 +66,7 @@ def _quantized_layers(
 
 
 def _mark_quantized(model, config: ClusterConfig) -> None:
-    """What `from_pretrained` sets on a quantised model, so that this one saves and reloads like it."""
+    """What `from_pretrained` sets on a quantized model, so that this one saves and reloads like it."""
     model.config.quantization_config = config
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING["cluster"](config, pre_quantized=True)
     model.is_quantized = True

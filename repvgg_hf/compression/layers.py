@@ -1,4 +1,4 @@
-"""Which layers of a model are quantised, and how."""
+"""Which layers of a model are quantized, and how."""
 
 import copy
 import dataclasses
@@ -69,7 +69,7 @@ def require_finite(name: str, layer: nn.Module) -> None:
 def quantize_layer(
     name: str, layer: nn.Module, config: ClusterConfig, importance: torch.Tensor | None = None
 ) -> QuantizedWeight:
-    """Quantise one layer's weight for the least squared error, weighted by `importance` of the weight's shape.
+    """Quantize one layer's weight for the least squared error, weighted by `importance` of the weight's shape.
 
     Raises `ValueError` naming the layer if that can't be done.
     """
@@ -83,4 +83,4 @@ def quantize_layer(
     try:
         return quantize_weight(layer.weight, bits, groups, config, importance)
     except ValueError as error:
-        raise ValueError(f"{name!r} can't be quantised: {error}") from error
+        raise ValueError(f"{name!r} can't be quantized: {error}") from error

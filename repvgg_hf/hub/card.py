@@ -128,10 +128,10 @@ class ModelCard:
             "",
             f"RepVGG image classifier with {config.num_labels} classes and {self.weights}, {form}. "
             + (
-                "It was trained with outlier-aware batch normalisation (OABN), which bounds what the 1x1 and identity "
+                "It was trained with outlier-aware batch normalization (OABN), which bounds what the 1x1 and identity "
                 "branches add to the fused kernel, so that few bits are enough."
                 if config.oabn
-                else "It was trained with plain batch normalisation."
+                else "It was trained with plain batch normalization."
             ),
         ]
         if self.results:
@@ -214,7 +214,7 @@ class ModelCard:
         return "\n".join(lines)
 
     def metadata(self) -> ModelCardData:
-        """The YAML block: tags, licence, and `model-index` with a line for each bit-width."""
+        """The YAML block: tags, license, and `model-index` with a line for each bit-width."""
         tags = ["image-classification", "repvgg", "re-parameterization", "vision"]
         if self.quantization is not None:
             tags += ["quantization", f"{self.quantization.bits}-bit"]
@@ -294,7 +294,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"repo_id {repo_id!r} can't be one: {error} Give 'namespace/name'.") from error
     if repo_id.count("/") != 1:
         raise ValueError(
-            f"repo_id must be 'namespace/name', got {repo_id!r}: put your user name or organisation first."
+            f"repo_id must be 'namespace/name', got {repo_id!r}: put your user name or organization first."
         )
 
 

@@ -10,7 +10,7 @@ from .results import Results
 from .tables import by_model
 
 CAPTIONS = {
-    "accuracy": "Top-1 accuracy against the bytes of the checkpoint, a line for each way to quantise.",
+    "accuracy": "Top-1 accuracy against the bytes of the checkpoint, a line for each way to quantize.",
     "kernels": "How the entries of the convolution kernels are distributed. A codebook has to reach the outermost one.",
 }
 

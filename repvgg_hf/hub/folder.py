@@ -113,7 +113,7 @@ def check_model(model) -> None:
             "models load from the classifier's repository."
         )
     if any(getattr(module, "weight_fake_quant", None) is not None for module in model.modules()):
-        raise ValueError("The model is being trained with quantised weights: call quantize() before publishing it.")
+        raise ValueError("The model is being trained with quantized weights: call quantize() before publishing it.")
 
 
 def processor_image_size(processor) -> int:

@@ -38,7 +38,7 @@ def publish(
     Publishing the same again uploads nothing and makes no commit.
 
     Args:
-        model: a `RepVGGForImageClassification`, float or quantised.
+        model: a `RepVGGForImageClassification`, float or quantized.
         repo_id: `"namespace/name"`; the repository is created if there is none.
         results: what was measured; the card shows these figures and no others.
         processor: the image processor that the model was evaluated with.

@@ -45,7 +45,7 @@ class ModelResult:
         images: how many were evaluated.
         seed: of its training.
         granularity: which weights share a codebook.
-        training: how the quantised weights were found, such as `"QAT"`; nothing means without training.
+        training: how the quantized weights were found, such as `"QAT"`; nothing means without training.
         top5: accuracy in percent.
         loss: mean cross-entropy in nats.
         activation_bits: of the layers' inputs; nothing if they are float.

@@ -50,7 +50,7 @@ def convert_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
 def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
     """A [`RepVGGForImageClassification`] with the weights of a timm RepVGG, in the form that it has, train or fused.
 
-    Its batch normalisation is plain, as timm's is. To train it further with OABN, save it and load it with
+    Its batch normalization is plain, as timm's is. To train it further with OABN, save it and load it with
     `from_pretrained(folder, oabn=True)`. Raises `ValueError` for a model that is no RepVGG.
     """
     state_dict = convert_timm_state_dict(timm_model.state_dict())

@@ -22,24 +22,24 @@ _DTYPES = {
 
 
 def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
-    """Raise `ValueError` if checkpoint keys are of another form (branches, fused, quantised, QAT) than the model's.
+    """Raise `ValueError` if checkpoint keys are of another form (branches, fused, quantized, QAT) than the model's.
 
     `missing` and `unexpected` are the model's keys that the checkpoint lacks and the reverse.
     """
     if any(".weight_fake_quant." in key for key in unexpected):
         raise ValueError(
-            "This is a checkpoint of quantisation-aware training: build the model, call prepare_qat() with the "
+            "This is a checkpoint of quantization-aware training: build the model, call prepare_qat() with the "
             "options it was trained with, then load_state_dict(); or load the result of quantize() instead."
         )
     # codes alone may be those of a head that this model doesn't have
     if any(key.endswith(".weight_codes") for key in unexpected) and any(key.endswith(".weight") for key in missing):
         raise ValueError(
-            "This is a quantised checkpoint and the model is not: load it with from_pretrained(), keep the "
+            "This is a quantized checkpoint and the model is not: load it with from_pretrained(), keep the "
             "quantization_config of its config.json, and leave out the argument quantization_config=None."
         )
     if any(key.endswith(".weight_codes") for key in missing):
         raise ValueError(
-            "The model is quantised and the checkpoint is not: load the checkpoint into a float model, then "
+            "The model is quantized and the checkpoint is not: load the checkpoint into a float model, then "
             "quantize() it."
         )
     if deploy and any(".conv.branches." in key for key in unexpected):
@@ -128,18 +128,18 @@ def check_checkpoint(layers: dict[str, ClusterLayer], files: list[str], expected
             raise ValueError(
                 f"{name} in {where} is {tensor.dtype} {tensor.shape}, but quantization_config asks for "
                 f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one "
-                "of them was edited. Download both again, or quantise the float model again."
+                "of them was edited. Download both again, or quantize the float model again."
             )
     if expected:
         raise ValueError(
-            f"{next(iter(expected))} ({len(expected)} tensors in all) is not in {where}: these are not the quantised "
+            f"{next(iter(expected))} ({len(expected)} tensors in all) is not in {where}: these are not the quantized "
             "weights that config.json describes. Remove quantization_config from it to load a float checkpoint, or "
-            "quantise again."
+            "quantize again."
         )
     if strays:
         raise ValueError(
             f"{strays[0]} in {where} is none of the tensors that quantization_config asks for: config.json and the "
-            "weights are not of the same model, or one of them was edited. Download both again, or quantise the float "
+            "weights are not of the same model, or one of them was edited. Download both again, or quantize the float "
             "model again."
         )
     if expected_checksum not in (None, checksum({name: tensor.crc for name, tensor in tensors.items()})):

@@ -23,7 +23,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     """`x` rounded to the unsigned integers of `bits` bits and back, computed in float32, in the dtype of `x`.
 
     `scale` is a positive 0-dim float32 tensor, `zero_point` a 0-dim uint8 tensor. Halves are rounded to even. No
-    gradient passes. PyTorch's own fake quantisation multiplies by the reciprocal of the scale, which rounds otherwise.
+    gradient passes. PyTorch's own fake quantization multiplies by the reciprocal of the scale, which rounds otherwise.
     """
     zero_point = zero_point.float()
     integers = (x.float() / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
@@ -95,7 +95,7 @@ class ClusterLayer(nn.Module):
         Raises `ValueError` for a scale that is not positive and finite in float32, or a zero point outside q's range.
         """
         if self.activation_bits is None:
-            raise ValueError("The layer's input is not quantised: set activation_bits in the ClusterConfig.")
+            raise ValueError("The layer's input is not quantized: set activation_bits in the ClusterConfig.")
         highest = 2**self.activation_bits - 1
         stored = torch.tensor(scale, dtype=torch.float32).item()
         if not 0 < stored < math.inf:
@@ -183,7 +183,7 @@ class ClusterLayer(nn.Module):
 
     def check(self, name: str):
         """Raise `ValueError` naming the tensor if a loaded codebook, scale or input range can't be right."""
-        fix = "the checkpoint is damaged: download it again or quantise the float model again."
+        fix = "the checkpoint is damaged: download it again or quantize the float model again."
         codebook = self.weight_codebook.float()
         for tensor, values in (("weight_codebook", codebook), ("weight_scale", self.weight_scale)):
             if values is not None and not values.isfinite().all():
@@ -210,7 +210,7 @@ class ClusterLayer(nn.Module):
 
 
 class ClusterConv2d(ClusterLayer):
-    """An `nn.Conv2d` with a cluster-quantised weight."""
+    """An `nn.Conv2d` with a cluster-quantized weight."""
 
     def __init__(self, layer: nn.Conv2d, *args, **kwargs):
         super().__init__(layer, *args, **kwargs)
@@ -223,7 +223,7 @@ class ClusterConv2d(ClusterLayer):
 
 
 class ClusterLinear(ClusterLayer):
-    """An `nn.Linear` with a cluster-quantised weight."""
+    """An `nn.Linear` with a cluster-quantized weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantized_input(x), self.weight, self.bias)

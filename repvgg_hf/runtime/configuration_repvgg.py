@@ -62,7 +62,7 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
         batch_norm_eps (`float`, defaults to 1e-5), batch_norm_momentum (`float`, defaults to 0.1):
             As in `torch.nn.BatchNorm2d`.
         oabn (`bool`, defaults to `True`):
-            Outlier-aware batch normalisation: bound what the 1x1 and identity branches add to the fused kernel.
+            Outlier-aware batch normalization: bound what the 1x1 and identity branches add to the fused kernel.
         oabn_threshold (`float`, defaults to 6.0):
             The bound, in standard deviations of the dense branch's contribution.
         deploy (`bool`, defaults to `False`):
@@ -71,9 +71,9 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
             Dropout before the classifier.
         weights_checksum (`str`, *optional*):
             Of the float weights beside a published `config.json`, to find damage: `from_pretrained` refuses others. A
-            quantised model has one in its `quantization_config`. `save_pretrained` leaves it out.
+            quantized model has one in its `quantization_config`. `save_pretrained` leaves it out.
         qat_config (`dict`, *optional*):
-            How the model is prepared for quantisation-aware training; `prepare_qat` sets it.
+            How the model is prepared for quantization-aware training; `prepare_qat` sets it.
 
     Example:
     ```python

@@ -116,7 +116,7 @@ class RepVGGStage(nn.Module):
 
 
 class RepVGGPreTrainedModel(PreTrainedModel):
-    """Loading, saving, fusing and quantising, for every RepVGG model."""
+    """Loading, saving, fusing and quantizing, for every RepVGG model."""
 
     config: RepVGGConfig
     base_model_prefix = "repvgg"
@@ -130,7 +130,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         super().post_init()
         settings = self.config.qat_config
         if settings is not None and next(self.parameters()).is_meta:  # from_pretrained: a QAT checkpoint follows
-            _import_compression("A checkpoint of quantisation-aware training").restore_qat(self, settings)
+            _import_compression("A checkpoint of quantization-aware training").restore_qat(self, settings)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -174,18 +174,18 @@ class RepVGGPreTrainedModel(PreTrainedModel):
             options: further arguments of [`ClusterConfig`].
 
         After `prepare_qat` call it without arguments: the trained codebooks are kept as they are. Raises `ValueError`
-        for a model that is quantised already, bad options, or weights that aren't finite; the model is then unchanged.
+        for a model that is quantized already, bad options, or weights that aren't finite; the model is then unchanged.
         """
         self._require_whole_model("quantize()")
         compression = _import_compression("quantize()")
         return compression.quantize_model(self, method, bits, **options)
 
     def prepare_qat(self, method: "str | ClusterConfig | None" = None, bits: int | None = None, **options):
-        """Make the model compute with quantised weights while its parameters train, in place; returns the model.
+        """Make the model compute with quantized weights while its parameters train, in place; returns the model.
 
         The arguments are those of [`~RepVGGPreTrainedModel.quantize`], which freezes the result. In train form each
-        block quantises its fused kernel, with the batch norm statistics frozen, and runs one convolution. After every
-        optimiser step call `repvgg_hf.update_codebooks(model)`, or give `Trainer` a `repvgg_hf.QATCallback()`.
+        block quantizes its fused kernel, with the batch norm statistics frozen, and runs one convolution. After every
+        optimizer step call `repvgg_hf.update_codebooks(model)`, or give `Trainer` a `repvgg_hf.QATCallback()`.
         """
         self._require_whole_model("prepare_qat()")
         compression = _import_compression("prepare_qat()")
@@ -220,10 +220,10 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         decode_layers(self, on_the_fly)
 
     def dequantize(self, dtype: torch.dtype | None = None):
-        """Make a quantised model a float one with the decoded weights, in place; returns the model.
+        """Make a quantized model a float one with the decoded weights, in place; returns the model.
 
         The rounding of activations (`activation_bits`) is dropped with the layers that did it. `dtype`: of the float
-        model, default the present one. Raises `ValueError` for a model that is not quantised or is offloaded.
+        model, default the present one. Raises `ValueError` for a model that is not quantized or is offloaded.
         """
         return super().dequantize(dtype)
 
@@ -231,7 +231,7 @@ class RepVGGPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """As `PreTrainedModel.from_pretrained`; raises `ValueError` for the wrong form of checkpoint or a broken file.
 
-        For a quantised checkpoint `quantization_config=ClusterConfig(decode="on_the_fly")` chooses when to decode.
+        For a quantized checkpoint `quantization_config=ClusterConfig(decode="on_the_fly")` chooses when to decode.
         """
         try:
             model, info = super().from_pretrained(

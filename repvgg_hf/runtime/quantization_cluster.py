@@ -1,4 +1,4 @@
-"""The configuration of cluster-quantised models, and the quantiser that loads them with `from_pretrained`."""
+"""The configuration of cluster-quantized models, and the quantizer that loads them with `from_pretrained`."""
 
 from pathlib import Path
 
@@ -21,11 +21,11 @@ _CHOICES = {
 
 
 class ClusterConfig(QuantizationConfigMixin):
-    """How a model's weights are quantised; stored as `quantization_config` in `config.json`.
+    """How a model's weights are quantized; stored as `quantization_config` in `config.json`.
 
     Args:
         bits: bits of a weight's code, 1 to 8.
-        method: `"cluster"` (k-means codebooks) or `"uniform"` (evenly spaced ones, the usual integer quantisation).
+        method: `"cluster"` (k-means codebooks) or `"uniform"` (evenly spaced ones, the usual integer quantization).
         granularity: which weights share a codebook: `"per_tensor"`, `"per_channel"` (of the output) or `"per_group"`
             (of `group_size` consecutive output channels).
         group_size: output channels that share a codebook, for `"per_group"` only; divides every layer's channels.
@@ -76,7 +76,7 @@ class ClusterConfig(QuantizationConfigMixin):
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"quantization_config has format_version {format_version!r}, this version of repvgg_hf reads "
-                f"{FORMAT_VERSION}: upgrade with `pip install -U repvgg-hf`, or quantise the float model again."
+                f"{FORMAT_VERSION}: upgrade with `pip install -U repvgg-hf`, or quantize the float model again."
             )
         if unknown:
             raise TypeError(
@@ -147,7 +147,7 @@ class ClusterConfig(QuantizationConfigMixin):
         return matches[max(matches, key=len)] if matches else self.bits
 
     def converts(self, name: str) -> bool:
-        """Whether the layer called `name` is quantised."""
+        """Whether the layer called `name` is quantized."""
         return not any(_is_within(name, key) for key in self.modules_to_not_convert)
 
     def groups_of(self, name: str, out_channels: int) -> int:
@@ -180,7 +180,7 @@ def _is_within(name: str, key: str) -> bool:
 
 
 class ClusterQuantizer(HfQuantizer):
-    """Loads cluster-quantised checkpoints, and quantises float ones on the fly, inside `from_pretrained`.
+    """Loads cluster-quantized checkpoints, and quantizes float ones on the fly, inside `from_pretrained`.
 
     The model does the work through its own methods, so that a model whose code came with a checkpoint gets layers of
     that code, also while the package is installed.
@@ -198,7 +198,7 @@ class ClusterQuantizer(HfQuantizer):
             return
         if not model.config.deploy:
             raise ValueError(
-                "config.json has a quantization_config but deploy=False: quantised checkpoints hold fused kernels. "
+                "config.json has a quantization_config but deploy=False: quantized checkpoints hold fused kernels. "
                 "Set deploy to true in config.json if its keys end in weight_codes, or remove quantization_config."
             )
         layers = model.replace_with_cluster_layers(self.quantization_config)

@@ -1,4 +1,4 @@
-"""Linear branches that can be summed into one convolution, with outlier-aware batch normalisation (OABN).
+"""Linear branches that can be summed into one convolution, with outlier-aware batch normalization (OABN).
 
 A *branch* is a module with two methods:
 
@@ -72,7 +72,7 @@ def _scale_and_bias(norm: nn.Module, weight: torch.Tensor) -> tuple[torch.Tensor
 
 
 class ConvBranch(nn.Module):
-    """A convolution without bias, padded to keep the size, then batch normalisation."""
+    """A convolution without bias, padded to keep the size, then batch normalization."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, eps=1e-5, momentum=0.1):
         super().__init__()
@@ -105,7 +105,7 @@ class ConvBranch(nn.Module):
 
 
 class IdentityBranch(nn.Module):
-    """Batch normalisation of the block's input: a convolution with ones on the centre of the channel diagonal."""
+    """Batch normalization of the block's input: a convolution with ones on the center of the channel diagonal."""
 
     def __init__(self, channels: int, groups: int = 1, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -126,22 +126,22 @@ class IdentityBranch(nn.Module):
         return (diagonal * scale[:, None])[:, :, None, None], bias
 
 
-class _AddAtCentre(torch.autograd.Function):
-    """`kernel` with a `smaller` one added to its centre, in place: no pass over the rest, nor over its gradient."""
+class _AddAtCenter(torch.autograd.Function):
+    """`kernel` with a `smaller` one added to its center, in place: no pass over the rest, nor over its gradient."""
 
     @staticmethod
     def forward(ctx, kernel, smaller):
         ctx.size = smaller.shape[2:]
         ctx.mark_dirty(kernel)
-        _centre(kernel, ctx.size).add_(smaller)
+        _center(kernel, ctx.size).add_(smaller)
         return kernel
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output, _centre(grad_output, ctx.size)
+        return grad_output, _center(grad_output, ctx.size)
 
 
-def _centre(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _center(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The view `[..., height, width]` of that odd `size` in the middle of a `kernel`."""
     for dim, inner in zip((2, 3), size):
         kernel = kernel.narrow(dim, (kernel.shape[dim] - inner) // 2, inner)
@@ -168,11 +168,11 @@ class ReparamConv2d(nn.Module):
             `kernel_size // 2`).
         branches: names of the branches, see [`parse_branch`]. At least one is dense (`kernel_size` both ways);
             `"identity"` is left out where the block changes the shape.
-        oabn_threshold: with a number k, outlier-aware batch normalisation: every branch but the dense ones contributes
+        oabn_threshold: with a number k, outlier-aware batch normalization: every branch but the dense ones contributes
             at most k standard deviations of the dense branches' contribution to any entry of the fused kernel. `None`
-            for plain batch normalisation.
+            for plain batch normalization.
 
-    `weight_fake_quant`, when set, is a module that maps the fused kernel to its quantised value: the forward pass then
+    `weight_fake_quant`, when set, is a module that maps the fused kernel to its quantized value: the forward pass then
     runs one convolution on the fused kernel, with the batch norm statistics frozen.
     """
 
@@ -238,7 +238,7 @@ class ReparamConv2d(nn.Module):
         bounds = self.bounds()
         parts = [branch.equivalent(bounds[name]) for name, branch in self.branches.items()]
         kernels, biases = zip(*sorted(parts, key=lambda part: part[0].numel(), reverse=True))  # a dense one first
-        return reduce(_AddAtCentre.apply, kernels), reduce(add, biases)
+        return reduce(_AddAtCenter.apply, kernels), reduce(add, biases)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight_fake_quant is not None:

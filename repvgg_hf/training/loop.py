@@ -1,4 +1,4 @@
-"""A training loop on Accelerate, for float and quantisation-aware phases alike."""
+"""A training loop on Accelerate, for float and quantization-aware phases alike."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ class PhaseArguments:
 
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images in a batch, on each device."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "The same, for evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in an optimiser step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in an optimizer step."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Of kernels."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Largest norm of the gradient."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
@@ -37,7 +37,7 @@ class PhaseArguments:
 
 
 class MovingAverage:
-    """The exponential moving average of a model's floating-point state over optimiser steps."""
+    """The exponential moving average of a model's floating-point state over optimizer steps."""
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self.decay = decay
@@ -96,8 +96,8 @@ def train_phase(
 
     `data` is a dataset and its `collate_fn`, `loss_of(model, batch)` the loss. After each epoch the whole state is in
     `output_dir / "checkpoint" / phase`, if a folder is given. Gradients that are not finite stop the training with a
-    `RuntimeError` that names step and parameter, before the optimiser uses them. Raises `ValueError` if the state to
-    go on from was saved with other quantisation settings.
+    `RuntimeError` that names step and parameter, before the optimizer uses them. Raises `ValueError` if the state to
+    go on from was saved with other quantization settings.
     """
     dataset, collate = data
     loader = DataLoader(
@@ -167,7 +167,7 @@ def train_phase(
     bar.close()
     # without the wrappers of autocast and compilation, which would stay on its forward method
     unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    accelerator.free_memory()  # forget this phase's optimiser and scheduler
+    accelerator.free_memory()  # forget this phase's optimizer and scheduler
     if average is not None:
         unwrapped.load_state_dict(average.state)
     if args.gradient_checkpointing:
@@ -176,7 +176,7 @@ def train_phase(
 
 
 def check_settings(checkpoint: Path, settings: dict | None) -> None:
-    """Raise `ValueError` if the state in `checkpoint` was saved with other quantisation settings."""
+    """Raise `ValueError` if the state in `checkpoint` was saved with other quantization settings."""
     saved = json.loads((checkpoint / "qat_config.json").read_text())
     wanted = json.loads(json.dumps(settings))
     if saved == wanted:
@@ -188,7 +188,7 @@ def check_settings(checkpoint: Path, settings: dict | None) -> None:
         if saved[a].get(key) != wanted[a][key]
     ]
     raise ValueError(
-        f"The checkpoint {checkpoint} was trained with other quantisation options ({'; '.join(differing) or 'none'}): "
+        f"The checkpoint {checkpoint} was trained with other quantization options ({'; '.join(differing) or 'none'}): "
         "give the same ones to go on, or another --output_dir to begin anew."
     )
 

@@ -1,4 +1,4 @@
-"""Model and optimiser that the recipes share."""
+"""Model and optimizer that the recipes share."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ class ModelArguments:
     depths: list[int] = field(default_factory=lambda: [1, 2, 1], metadata={"help": "Layers of each stage."})
     stem_stride: int = field(default=1, metadata={"help": "Stride of the stem."})
     strides: list[int] | None = field(default=None, metadata={"help": "Stride of each stage; default 1, then 2s."})
-    oabn: bool = field(default=True, metadata={"help": "Outlier-aware batch normalisation."})
+    oabn: bool = field(default=True, metadata={"help": "Outlier-aware batch normalization."})
     oabn_threshold: float = field(default=6.0, metadata={"help": "Its bound, in standard deviations."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Replace a classifier of another size."})
 

@@ -51,7 +51,7 @@ def load_digits_dataset() -> DatasetDict:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype("uint8")  # 0..16 grey levels
+    pixels = (digits.images * (255 / 16)).round().astype("uint8")  # 0..16 gray levels
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
     columns = {"image": [image[..., None].repeat(3, axis=2) for image in pixels], "label": digits.target.tolist()}
     dataset = Dataset.from_dict(columns, features=features)
@@ -111,7 +111,7 @@ def label_names(dataset: Dataset, args: DataArguments) -> list[str]:
 
 
 def make_processor(image_size: int) -> BitImageProcessor:
-    """The image processor that is saved with a model: resize the short side, crop the centre, normalise to mean 0."""
+    """The image processor that is saved with a model: resize the short side, crop the center, normalize to mean 0."""
     return BitImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
@@ -147,7 +147,7 @@ def with_pixel_values(dataset: Dataset, args: DataArguments, processor, train: b
 
 
 class CachedImages(TorchDataset):
-    """All images of `dataset`, decoded once to uint8 `[images, 3, size, size]`: resized, centre cropped."""
+    """All images of `dataset`, decoded once to uint8 `[images, 3, size, size]`: resized, center cropped."""
 
     def __init__(self, dataset: Dataset, args: DataArguments, processor):
         size = processor.crop_size["height"]
@@ -167,7 +167,7 @@ class CachedImages(TorchDataset):
 
 
 class BatchTransform:
-    """The `collate_fn` for [`CachedImages`]: augments and normalises a whole batch, each image in its own way."""
+    """The `collate_fn` for [`CachedImages`]: augments and normalizes a whole batch, each image in its own way."""
 
     def __init__(self, args: DataArguments, processor, train: bool):
         size = processor.crop_size["height"]

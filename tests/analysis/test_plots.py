@@ -145,8 +145,8 @@ assert "matplotlib.pyplot" not in sys.modules
     [
         ({"x": "loss"}, "x must be one of bits, bytes, got 'loss'"),
         ({"lowest": 83}, "lowest must be below the best top-1, 82.0, got 83"),
-        ({"results": []}, "no quantised model"),
-        ({"results": ROWS[:1]}, "no quantised model"),
+        ({"results": []}, "no quantized model"),
+        ({"results": ROWS[:1]}, "no quantized model"),
         ({"results": [{"label": "a", "top1": 50}]}, r"results\[0\] has no 'bits_per_weight'"),
         ({"results": [ROWS[0], ROWS[1] | {"top1": float("nan")}]}, r"results\[1\] \(cluster, channel\) has top1=nan"),
         ({"results": [ROWS[1] | {"top1": 101}]}, r"top1=101, which must be from 0 to 100"),
@@ -168,7 +168,7 @@ def test_missing_matplotlib_is_named(monkeypatch, tmp_path):
         plot_accuracy(ROWS, tmp_path / "figure")
 
 
-def test_kernel_histogram_counts_standardised_entries(tmp_path):
+def test_kernel_histogram_counts_standardized_entries(tmp_path):
     """Two kernels of other widths and places are counted as one; each step is as high as numpy's count says."""
     base = torch.repeat_interleave(torch.tensor([-1.0, 0.0, 0.9, 2.1]), torch.tensor([50, 120, 60, 7]))
     kernels = [base.view(1, -1, 1, 1), 100 * base + 3]

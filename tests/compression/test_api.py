@@ -1,4 +1,4 @@
-"""Quantising whole models after training."""
+"""Quantizing whole models after training."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ def logits(model, pixel_values) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-def test_quantising_branches_is_fusing_then_quantising(options, model, pixel_values):
+def test_quantizing_branches_is_fusing_then_quantizing(options, model, pixel_values):
     fused_first = copy.deepcopy(model).reparameterize().quantize(bits=3, **options)
     assert model.quantize(bits=3, **options) is model
     assert model.config.deploy
@@ -53,7 +53,7 @@ def test_quantising_branches_is_fusing_then_quantising(options, model, pixel_val
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-def test_every_convolution_and_the_classifier_are_quantised(options, model, pixel_values, relative_error):
+def test_every_convolution_and_the_classifier_are_quantized(options, model, pixel_values, relative_error):
     expected = logits(model, pixel_values)
     fused = {name: conv.weight for name, conv in model.fused_convolutions().items()}
     model.quantize(bits=8, **options)
@@ -88,7 +88,7 @@ def test_the_default_is_4_bit_clusters_per_tensor(model):
     assert (config.bits, config.method, config.granularity, config.channel_scale) == (4, "cluster", "per_tensor", True)
 
 
-def test_quantised_models_are_marked_as_transformers_marks_them(model):
+def test_quantized_models_are_marked_as_transformers_marks_them(model):
     model.quantize()
     assert model.is_quantized and model.quantization_method == "cluster"
     assert model.hf_quantizer.quantization_config is model.config.quantization_config
@@ -115,7 +115,7 @@ def test_bits_overrides_and_modules_to_not_convert(model, pixel_values):
     assert logits(model, pixel_values).isfinite().all()
 
 
-def test_squeeze_excitation_is_quantised_too(tiny_config, randomize_batch_norms, generator, pixel_values):
+def test_squeeze_excitation_is_quantized_too(tiny_config, randomize_batch_norms, generator, pixel_values):
     model = RepVGGForImageClassification(tiny_config(use_squeeze_excitation=True, squeeze_ratio=4)).eval()
     randomize_batch_norms(model, generator).quantize(bits=8)
     assert sum(name.endswith(("fc1", "fc2")) for name in cluster_layers(model)) == 10
@@ -196,7 +196,7 @@ def test_structured_codebooks(preserve_zero, symmetric, calibrated, model, gener
 
 
 def test_one_bit_holds_no_symmetric_codebook_with_a_zero(model):
-    with pytest.raises(ValueError, match="'.*' can't be quantised: 1 bit holds no symmetric codebook with a zero: set"):
+    with pytest.raises(ValueError, match="'.*' can't be quantized: 1 bit holds no symmetric codebook with a zero: set"):
         model.quantize(bits=1, preserve_zero=True, symmetric=True)
 
 
@@ -207,9 +207,9 @@ def test_a_config_and_arguments_are_refused(model):
         model.quantize(ClusterConfig(), granularity="per_channel")
 
 
-def test_a_quantised_model_is_refused(model):
+def test_a_quantized_model_is_refused(model):
     model.quantize()
-    with pytest.raises(ValueError, match="quantised already: quantise the float model, or call model.dequantize"):
+    with pytest.raises(ValueError, match="quantized already: quantize the float model, or call model.dequantize"):
         model.quantize(bits=2)
 
 
@@ -227,7 +227,7 @@ def test_dequantize_gives_a_float_model_with_the_same_outputs(options, model, pi
     assert torch.equal(logits(loaded, pixel_values), expected)
 
 
-def test_a_dequantised_model_can_be_quantised_to_the_same_again(model, pixel_values):
+def test_a_dequantized_model_can_be_quantized_to_the_same_again(model, pixel_values):
     model.quantize(bits=3, granularity="per_channel")
     expected = logits(model, pixel_values)
     model.dequantize().quantize(bits=3, granularity="per_channel")
@@ -259,7 +259,7 @@ def test_a_bfloat16_model_stays_one_and_keeps_its_codebooks_exact(model, pixel_v
     assert relative_error(output, logits(in_float32, pixel_values)) < 0.05
 
 
-def test_branches_in_bfloat16_are_fused_and_quantised(model, pixel_values, relative_error):
+def test_branches_in_bfloat16_are_fused_and_quantized(model, pixel_values, relative_error):
     expected = logits(copy.deepcopy(model).quantize(bits=8), pixel_values)
     model.to(torch.bfloat16).quantize(bits=8)
     assert relative_error(logits(model, pixel_values.bfloat16()), expected) < 0.1

@@ -100,7 +100,7 @@ def test_a_damaged_shard_of_float_weights_is_named(tiny_model, processor, tmp_pa
 
 
 def test_float_checksum_in_all_ways_to_load(load, hub, tiny_model, processor, tmp_path):
-    """Headless, in half precision, as a backbone, and while quantising: it is that of the files, not of the model."""
+    """Headless, in half precision, as a backbone, and while quantizing: it is that of the files, not of the model."""
     publish(tiny_model(), REPO, processor=processor, token=WRITE_TOKEN)
     options = {"cache_dir": tmp_path}
     assert AutoModel.from_pretrained(REPO, dtype=torch.float16, **options).dtype == torch.float16

@@ -66,7 +66,7 @@ def test_card_shows_both_figures(write, full_results):
 
 
 def test_nothing_is_drawn_without_figures(write, results):
-    folder = write(replace(results, models=results.models[::2]))  # one quantised model: nothing to compare
+    folder = write(replace(results, models=results.models[::2]))  # one quantized model: nothing to compare
     assert not (folder / "plots").exists() and "![" not in (folder / "README.md").read_text()
 
 

@@ -57,7 +57,7 @@ def test_resuming_with_other_bits(everything_on):
     folder, _, switches = everything_on
     options = switches.replace("--bits 2", "--bits 3").replace("--anneal_bits 4 --num_anneal_epochs 1", "")
     output = run("--output_dir", folder, *SHORT, *options.split(), "--resume_from_checkpoint", "True", expect=1)
-    assert "trained with other quantisation options (bits=2, now 3): give the same ones" in output.replace("\n", " ")
+    assert "trained with other quantization options (bits=2, now 3): give the same ones" in output.replace("\n", " ")
 
 
 def test_a_rate_that_diverges(tmp_path):
@@ -67,7 +67,7 @@ def test_a_rate_that_diverges(tmp_path):
     output = run(
         "--output_dir", tmp_path, *TINY, *options, "--model_name_or_path", tmp_path / "float", expect=1
     ).replace("\n", " ")  # fmt: skip
-    assert "are NaN or infinite in optimiser step" in output and "lower the learning rate" in output
+    assert "are NaN or infinite in optimizer step" in output and "lower the learning rate" in output
     assert (tmp_path / "checkpoint" / "qat" / "model.safetensors").read_bytes() == good
 
 

@@ -1,4 +1,4 @@
-"""The sweep of post-training quantisation, on an untrained network: what it makes, names and draws."""
+"""The sweep of post-training quantization, on an untrained network: what it makes, names and draws."""
 
 import json
 import os

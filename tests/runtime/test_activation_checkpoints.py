@@ -1,4 +1,4 @@
-"""Checkpoints with quantised activations: every way to load one, and ranges that are damaged or do not fit."""
+"""Checkpoints with quantized activations: every way to load one, and ranges that are damaged or do not fit."""
 
 import json
 import shutil
@@ -143,7 +143,7 @@ def test_bad_files_are_refused(folder, tensors, fields, message):
     edited(folder, tensors, **fields)
     with pytest.raises(ValueError, match=message) as raised:
         AutoModelForImageClassification.from_pretrained(folder)
-    assert raised.match("ownload|quantise (the float model )?again")
+    assert raised.match("ownload|quantize (the float model )?again")
 
 
 def test_a_weights_only_file_under_a_config_with_activations(folder):

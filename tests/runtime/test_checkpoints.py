@@ -90,13 +90,13 @@ class TestForms:
     @pytest.mark.parametrize(
         ("missing", "unexpected", "message"),
         [
-            (["a.weight"], ["a.weight_fake_quant.codebook"], "quantisation-aware training: .*call prepare_qat"),
-            (["a.weight"], ["a.weight_codes"], "quantised checkpoint and the model is not: .*quantization_config"),
-            (["a.weight_codes"], ["a.weight"], "model is quantised and the checkpoint is not: .*then quantize()"),
+            (["a.weight"], ["a.weight_fake_quant.codebook"], "quantization-aware training: .*call prepare_qat"),
+            (["a.weight"], ["a.weight_codes"], "quantized checkpoint and the model is not: .*quantization_config"),
+            (["a.weight_codes"], ["a.weight"], "model is quantized and the checkpoint is not: .*then quantize()"),
         ],
-        ids=["qat", "quantised", "float"],
+        ids=["qat", "quantized", "float"],
     )
-    def test_quantised_forms(self, missing, unexpected, message):
+    def test_quantized_forms(self, missing, unexpected, message):
         with pytest.raises(ValueError, match=message):
             check_checkpoint_form(missing, unexpected, deploy=True)
 

@@ -1,4 +1,4 @@
-"""Quantised layers against float layers with the decoded weight, and against ONNX's rounding of activations."""
+"""Quantized layers against float layers with the decoded weight, and against ONNX's rounding of activations."""
 
 import copy
 import itertools
@@ -176,7 +176,7 @@ def test_a_state_dict_replaces_the_weight():
 
 
 @pytest.mark.parametrize("layer", [CONV, LINEAR, nn.Conv2d(3, 12, 1, bias=False)], ids=["conv", "linear", "no bias"])
-def test_dequantising_gives_the_float_layer(layer):
+def test_dequantizing_gives_the_float_layer(layer):
     quantized, contents = random_layer(layer, activation_bits=4)
     expected = float_layer(layer, decode_by_hand(*contents))
     model = nn.Sequential(quantized)
@@ -207,7 +207,7 @@ def test_damaged_contents_are_named(damage):
     model[1].set_input_range(0.1, 15)
     check_layers(model)
     getattr(model[1], tensor)[..., 2 if tensor.startswith("weight") else ...] = value
-    with pytest.raises(ValueError, match=f"^1.{tensor} {message}.*download it again or quantise the float model again"):
+    with pytest.raises(ValueError, match=f"^1.{tensor} {message}.*download it again or quantize the float model again"):
         check_layers(model)
 
 
@@ -300,5 +300,5 @@ class TestActivations:
 
     def test_a_layer_without_activation_bits_has_no_range(self):
         quantized, _ = random_layer(LINEAR)
-        with pytest.raises(ValueError, match="input is not quantised: set activation_bits"):
+        with pytest.raises(ValueError, match="input is not quantized: set activation_bits"):
             quantized.set_input_range(1.0)

@@ -20,7 +20,7 @@ from repvgg_hf.runtime.cluster_layers import ClusterLayer, cluster_layers
 def folder(tmp_path_factory, tiny_config, randomize_batch_norms):
     torch.manual_seed(0)
     model = randomize_batch_norms(RepVGGForImageClassification(tiny_config()), torch.Generator().manual_seed(0))
-    folder = tmp_path_factory.mktemp("quantised")
+    folder = tmp_path_factory.mktemp("quantized")
     model.eval().quantize("uniform", bits=4, channel_scale=True).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: every way to load them, saving them again, and files that are damaged or do not fit."""
+"""Quantized checkpoints: every way to load them, saving them again, and files that are damaged or do not fit."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def made(tmp_path_factory, tiny_config, randomize_batch_norms):
     generator = torch.Generator().manual_seed(0)
     float_model = randomize_batch_norms(RepVGGForImageClassification(tiny_config()), generator).eval()
     model = copy.deepcopy(float_model).quantize(bits=3)
-    folder = tmp_path_factory.mktemp("made") / "quantised"
+    folder = tmp_path_factory.mktemp("made") / "quantized"
     model.save_pretrained(folder)
     return SimpleNamespace(float_model=float_model, model=model, folder=folder)
 
@@ -51,7 +51,7 @@ def model(made):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    return shutil.copytree(made.folder, tmp_path / "quantised")
+    return shutil.copytree(made.folder, tmp_path / "quantized")
 
 
 @pytest.fixture
@@ -161,13 +161,13 @@ class TestLoading:
             assert torch.equal(loaded.get_submodule(name).weight, weight.bfloat16())
         loaded.save_pretrained(tmp_path / "again")
         stored, again = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
-        quantised = {name: tensor for name, tensor in stored.items() if ".weight_" in name}
-        assert len(quantised) == 3 * len(decoded_weights(model))
-        assert_same_tensors({name: again[name] for name in quantised}, quantised)
+        quantized = {name: tensor for name, tensor in stored.items() if ".weight_" in name}
+        assert len(quantized) == 3 * len(decoded_weights(model))
+        assert_same_tensors({name: again[name] for name in quantized}, quantized)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
     @pytest.mark.parametrize("form", ["train", "deploy"])
-    def test_a_float_checkpoint_is_quantised_on_loading(self, float_model, images, tmp_path, form, dtype):
+    def test_a_float_checkpoint_is_quantized_on_loading(self, float_model, images, tmp_path, form, dtype):
         if form == "deploy":
             float_model.reparameterize()
         float_model.save_pretrained(tmp_path / "float")
@@ -179,9 +179,9 @@ class TestLoading:
         assert loaded.dtype == dtype
         assert_same_tensors(loaded.state_dict(), expected.state_dict())
         assert_same_tensors(decoded_weights(loaded), decoded_weights(expected))
-        loaded.save_pretrained(tmp_path / "quantised")
+        loaded.save_pretrained(tmp_path / "quantized")
         assert_same_tensors(
-            RepVGGForImageClassification.from_pretrained(tmp_path / "quantised").state_dict(), expected.state_dict()
+            RepVGGForImageClassification.from_pretrained(tmp_path / "quantized").state_dict(), expected.state_dict()
         )
 
     def test_decoding_on_the_fly_is_chosen_on_loading(self, model, folder, images):
@@ -299,7 +299,7 @@ EDITS = {
 class TestBadFiles:
     """A ValueError that names the tensor or the file, and what to do."""
 
-    FIX = "ownload|quantise (the float model )?again"
+    FIX = "ownload|quantize (the float model )?again"
 
     def refused(self, folder, message, fix=FIX):
         with pytest.raises(ValueError, match=message) as raised:
@@ -346,7 +346,7 @@ class TestBadFiles:
         edit_tensors(folder, edit)
         self.refused(folder, f"{CONV.removeprefix('repvgg.')}.{message}")
 
-    def test_float_weights_under_a_quantised_config(self, folder, model):
+    def test_float_weights_under_a_quantized_config(self, folder, model):
         tensors = model.dequantize().state_dict()
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -354,11 +354,11 @@ class TestBadFiles:
         )  # fmt: skip
         self.refused(folder, "weight_codes .* is not in .*model.safetensors", "Remove quantization_config")
 
-    def test_quantised_weights_under_a_float_config(self, folder):
+    def test_quantized_weights_under_a_float_config(self, folder):
         config = json.loads((folder / "config.json").read_text())
         del config["quantization_config"]
         (folder / "config.json").write_text(json.dumps(config))
-        self.refused(folder, "quantised checkpoint and the model is not", "keep the quantization_config")
+        self.refused(folder, "quantized checkpoint and the model is not", "keep the quantization_config")
 
     def test_a_format_of_the_future(self, folder):
         edit_config(folder, format_version=2)

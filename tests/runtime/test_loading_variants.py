@@ -1,4 +1,4 @@
-"""Quantised checkpoints with the less common arguments of `from_pretrained`, and with code from the repository."""
+"""Quantized checkpoints with the less common arguments of `from_pretrained`, and with code from the repository."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_config, randomize_batch_norms):
-    """One model in train form, fused, and quantised to 4 bits (`model`, `logits`), in folders of these names."""
+    """One model in train form, fused, and quantized to 4 bits (`model`, `logits`), in folders of these names."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("saved")
@@ -135,7 +135,7 @@ def test_offloaded_to_disk(offload_buffers, decode, saved, tmp_path):
     assert contents(tmp_path / "again") == contents(saved.quantized)
 
 
-def test_a_float_model_on_disk_is_not_quantised(saved, tmp_path):
+def test_a_float_model_on_disk_is_not_quantized(saved, tmp_path):
     where = {"device_map": DISK, "offload_folder": tmp_path}
     with pytest.raises(ValueError, match=OFFLOADED):
         RepVGGForImageClassification.from_pretrained(saved.fused, quantization_config=ClusterConfig(), **where)
@@ -185,7 +185,7 @@ def test_decoding_can_be_chosen_against_the_checkpoint(saved, tmp_path):
     assert torch.equal(eager.classifier.weight, saved.model.classifier.weight)
 
 
-def test_the_float_layers_that_a_dequantised_checkpoint_gives(saved, tmp_path):
+def test_the_float_layers_that_a_dequantized_checkpoint_gives(saved, tmp_path):
     model = RepVGGForImageClassification.from_pretrained(saved.quantized).dequantize()
     assert type(model.classifier) is nn.Linear
     model.save_pretrained(tmp_path)
@@ -199,7 +199,7 @@ def test_no_quantization_config_at_all(cls, saved):
         model = cls.from_pretrained(saved.quantized, quantization_config=None)
         assert_close(logits(model, saved.pixel_values), saved.logits)
     else:
-        with pytest.raises(ValueError, match="quantised checkpoint .* leave out the argument quantization_config=None"):
+        with pytest.raises(ValueError, match="quantized checkpoint .* leave out the argument quantization_config=None"):
             cls.from_pretrained(saved.quantized, quantization_config=None)
 
 

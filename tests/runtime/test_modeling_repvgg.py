@@ -195,7 +195,7 @@ class TestOutputs:
         assert model.embeddings.layer.conv.groups == 1
 
     @pytest.mark.parametrize("deploy", [False, True], ids=["train_form", "deploy"])
-    def test_initialisation(self, tiny_config, deploy):
+    def test_initialization(self, tiny_config, deploy):
         torch.manual_seed(0)
         model = RepVGGForImageClassification(tiny_config(hidden_sizes=[64, 64], deploy=deploy))
         for name, module in model.named_modules():

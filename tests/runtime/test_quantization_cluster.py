@@ -1,4 +1,4 @@
-"""The configuration of quantised models."""
+"""The configuration of quantized models."""
 
 import json
 

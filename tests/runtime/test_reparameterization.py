@@ -324,7 +324,7 @@ class TestTools:
             assert parameter.grad.dtype == torch.float32
             assert parameter.grad.isfinite().all(), name
 
-    def test_fake_quantiser_sees_the_fused_kernel(self, make_block, generator, relative_error):
+    def test_fake_quantizer_sees_the_fused_kernel(self, make_block, generator, relative_error):
         class Halve(nn.Module):
             def forward(self, kernel):
                 return kernel / 2

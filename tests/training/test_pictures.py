@@ -78,7 +78,7 @@ def test_evaluation_transform_equals_the_saved_processor(data):
     dataset = Dataset.from_dict({"image": [image], "label": [0]})
     pixel_values = data.with_pixel_values(dataset, args, processor, train=False)[0]["pixel_values"]
     expected = processor(image, return_tensors="pt")["pixel_values"][0]
-    assert np.abs((pixel_values - expected).numpy()).max() < 1e-2  # both are uint8 images before normalisation
+    assert np.abs((pixel_values - expected).numpy()).max() < 1e-2  # both are uint8 images before normalization
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop_flip", "resized_crop_flip"])

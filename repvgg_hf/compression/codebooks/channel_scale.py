@@ -1,6 +1,6 @@
 """One codebook for many channels, and a scale for each of them, fitted together.
 
-`sum importance * (w - scale * codebook[code])^2` is minimised in turn over the codebook, a one-dimensional k-means of
+`sum importance * (w - scale * codebook[code])^2` is minimized in turn over the codebook, a one-dimensional k-means of
 `w / scale`, over the scales, among many candidates and each with its own codes, and over both by least squares for
 given codes. With the channels sorted, no step needs to look at the weights again.
 """
@@ -42,7 +42,7 @@ def fit_channel_scale(
         rows: float32 `[out, n]`.
         k: entries of a codebook.
         groups: number of codebooks; each is for `out / groups` consecutive channels.
-        dtype: that will store the codebook, whose entries are numbers of it, optimised as such: up to about 1, integers
+        dtype: that will store the codebook, whose entries are numbers of it, optimized as such: up to about 1, integers
             from -127 to 127 for int8 (`k` at most 255 then).
         importance: `[out, n]` of each weight, not negative; `None` for equal ones.
         preserve_zero, symmetric: as in [`kmeans_1d`].
@@ -75,7 +75,7 @@ class ScaledChannels:
         self.lowest_integer = -INT8_MAX if rows.min() < 0 else 0
         count = max(POINTS_A_CHANNEL, POINTS * groups // len(rows))
         mass, first = self.channels.moments(candidate_cuts(self.channels, count))
-        self.points = first / mass.clamp_min(1e-300) + self.channels.centre  # float64 [out, points]
+        self.points = first / mass.clamp_min(1e-300) + self.channels.center  # float64 [out, points]
         self.point_mass = mass
 
     def starts(self) -> torch.Tensor:
@@ -184,7 +184,7 @@ class ScaledChannels:
         """Mass and first moment about 0 of `w / scale` between the cuts, in units of its error, float64 `[out, k]`."""
         mass, first = self.channels.moments(cuts)
         scale = scale.double()[:, None]
-        return mass * scale.square(), (first + self.channels.centre * mass) * scale
+        return mass * scale.square(), (first + self.channels.center * mass) * scale
 
     def to_channels(self, of_groups: torch.Tensor) -> torch.Tensor:
         """`[groups, ...]` repeated for every channel of a group, `[out, ...]`."""

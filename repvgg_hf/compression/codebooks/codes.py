@@ -69,7 +69,7 @@ def descend(values: torch.Tensor, levels: list[torch.Tensor]) -> torch.Tensor:
     """int32 codes of `values` `[out, n]` by a binary search in which all go down the tree together.
 
     On a CPU it is several times as fast as `torch.bucketize`, whose branches nobody can predict. Comparisons are in
-    place, as those with a bool result are not vectorised.
+    place, as those with a bool result are not vectorized.
     """
     code = values.clone().gt_(levels[0]).int()
     for borders in levels[1:]:
@@ -181,7 +181,7 @@ def decode_rows(codes: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor
 def sums_by_code(values: list[torch.Tensor], codes: torch.Tensor, k: int) -> list[torch.Tensor]:
     """For each row of each of some `values` `[out, n]` the sums by code, `[out, k]`."""
     out, n = codes.shape
-    # neighbours add to different sums, so that none waits for the other
+    # neighbors add to different sums, so that none waits for the other
     lanes = torch.arange(n, device=codes.device, dtype=torch.int32) % LANES * k
     sums = [rows.new_zeros(out, LANES * k) for rows in values]
     for piece in pieces(codes):

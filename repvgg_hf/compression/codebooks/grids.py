@@ -1,4 +1,4 @@
-"""Codebooks whose entries are numbers of the dtype that stores them, optimised as such.
+"""Codebooks whose entries are numbers of the dtype that stores them, optimized as such.
 
 Rounding the best codebook does not give the best rounded codebook: the clusters should follow the rounded entries, and
 where two entries become one, another is free.
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from .sorted_groups import SortedGroups
 
 LLOYD_STEPS = 100
-CHUNK_LEVELS = 2048  # of all groups at a time, which bounds the memory of the dynamic programme to some ten MB
+CHUNK_LEVELS = 2048  # of all groups at a time, which bounds the memory of the dynamic program to some ten MB
 
 
 def lloyd(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +48,7 @@ def fit_grid(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype) -
 def _most_useful_entry(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype):
     """A number of `dtype` to add to each `codebook` `[groups, k]`, and by how much it reduces the error, `[groups]`.
 
-    Tried are the neighbours of every entry and the means of what it stands for on either side of it.
+    Tried are the neighbors of every entry and the means of what it stands for on either side of it.
     """
     cuts = groups.cuts(codebook)
     ends = cuts.unfold(1, 2, 1)  # [groups, k, 2]
@@ -56,12 +56,12 @@ def _most_useful_entry(groups: SortedGroups, codebook: torch.Tensor, dtype: torc
     halves = torch.cat([ends[:, :, :1], inside], dim=2).flatten(1)
     mass, first = groups.moments(torch.cat([halves, cuts[:, -1:]], dim=1))
     entry = codebook[:, :, None]  # [groups, k, 1]
-    means = first / mass.clamp_min(1e-300) + groups.centre
+    means = first / mass.clamp_min(1e-300) + groups.center
     means = torch.where(mass > 0, means, entry.expand(-1, -1, 2).flatten(1).double()).view(*entry.shape[:2], 2)
     stored = codebook.to(dtype)
     limit = torch.full_like(stored, torch.finfo(dtype).max)
-    neighbours = [torch.nextafter(stored, -limit), torch.nextafter(stored, limit)]
-    tried = torch.cat([means.to(dtype), torch.stack(neighbours, dim=2)], dim=2).float()  # [groups, k, 4]
+    neighbors = [torch.nextafter(stored, -limit), torch.nextafter(stored, limit)]
+    tried = torch.cat([means.to(dtype), torch.stack(neighbors, dim=2)], dim=2).float()  # [groups, k, 4]
 
     middles = ((tried + entry) / 2).flatten(1)
     middles = torch.searchsorted(groups.values, middles, right=True).view(tried.shape)
@@ -70,8 +70,8 @@ def _most_useful_entry(groups: SortedGroups, codebook: torch.Tensor, dtype: torc
     cut = torch.stack([torch.minimum(middles, outer), torch.maximum(middles, outer)]).flatten(2)
     mass = groups.mass.gather(1, cut[1]) - groups.mass.gather(1, cut[0])
     first = groups.first.gather(1, cut[1]) - groups.first.gather(1, cut[0])
-    centred, tried = (tried + entry).flatten(1) - 2 * groups.centre, tried.flatten(1)
-    gain = (tried - entry.expand(-1, -1, 4).flatten(1)) * (2 * first - centred * mass)
+    centered, tried = (tried + entry).flatten(1) - 2 * groups.center, tried.flatten(1)
+    gain = (tried - entry.expand(-1, -1, 4).flatten(1)) * (2 * first - centered * mass)
     gain, best = gain.max(dim=1)
     return tried.gather(1, best[:, None])[:, 0], gain
 

@@ -16,13 +16,13 @@ VALUES_A_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and also for a gr
 SPAN, LEAST_SPAN = 4, 32  # a cluster takes in at most that multiple of its share of these, or that many
 REFINEMENT = (0.3, 0.05)  # how far a cut can move, in widths of the intervals beside it
 MOVES = 6  # positions either way to choose from
-CHUNK_CANDIDATES = 12288  # of all groups at a time, which bounds the memory of the dynamic programme to some MB
+CHUNK_CANDIDATES = 12288  # of all groups at a time, which bounds the memory of the dynamic program to some MB
 
 
 def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
     """Ascending positions to cut the sorted values at, `[groups, count + 1]`: everywhere if there are at most `count`.
 
-    Else as densely as the best quantiser with many entries would (Panter and Dite 1951), the cube root of the density,
+    Else as densely as the best quantizer with many entries would (Panter and Dite 1951), the cube root of the density,
     but never more than about one in a gap between two values. It resolves the bulk of a distribution and its tails.
     """
     number, n = groups.values.shape
@@ -52,7 +52,7 @@ def candidate_count(number: int, n: int, k: int) -> int:
 
 
 def _spread(mass: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """By how much less an interval with these moments spreads about its mean than about `centre`.
+    """By how much less an interval with these moments spreads about its mean than about `center`.
 
     Uses up its arguments: those of all intervals are the largest tensors there are.
     """
@@ -68,7 +68,7 @@ def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Te
     span = min(points - 1, max(LEAST_SPAN, SPAN * -(-points // k)))
     # groups last: what is compared lies side by side in memory
     mass, first = (prefix.gather(1, cuts).T.contiguous() for prefix in (groups.mass, groups.first))  # [points, groups]
-    # what lies between two neighbouring candidates stays together: its own spread is left out
+    # what lies between two neighboring candidates stays together: its own spread is left out
     second = pad(_spread(mass.diff(dim=0), first.diff(dim=0)).cumsum(dim=0), (0, 0, 1, 0))
 
     def before(prefix, value=0.0):  # [from, to, groups]: the `span` points before each, and itself
@@ -182,7 +182,7 @@ def kmeans_1d(
         preserve_zero: one entry is exactly 0, and the others are the best beside it.
         symmetric: the codebook is its mirror image: the best one of the magnitudes, with both signs. With
             `preserve_zero` that is zero and `k / 2 - 1` pairs; zero comes twice, so that one code is unused.
-        dtype: that will store the codebook: its entries are numbers of that dtype, optimised as such.
+        dtype: that will store the codebook: its entries are numbers of that dtype, optimized as such.
 
     A group with at most `k` distinct values gets exactly these, the last one repeated. Deterministic, whatever the
     order of the values. The error is within 1.0002 of the optimum on large groups and on the average of many small

@@ -25,25 +25,25 @@ class SortedGroups:
 
     Attributes:
         values: float32 `[groups, points]`.
-        mass, first: float64 `[groups, points + 1]`, prefix sums; `first` is about `centre`, float64 `[groups, 1]`.
-        second: float64 `[groups]`, the second moment about `centre` of all values.
+        mass, first: float64 `[groups, points + 1]`, prefix sums; `first` is about `center`, float64 `[groups, 1]`.
+        second: float64 `[groups]`, the second moment about `center` of all values.
         zero: int64 `[groups, 1]`, the index of the point at zero, if there is one.
     """
 
     def __init__(self, values: torch.Tensor, weights: torch.Tensor | None = None, preserve_zero: bool = False):
         values = values.detach().float()
         weights = None if weights is None else weights.detach().float()
-        # float64 and centred: a cluster's error is a difference of large sums
-        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # aminmax is not vectorised
+        # float64 and centered: a cluster's error is a difference of large sums
+        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # aminmax is not vectorized
         # of the range and not the mean, which PyTorch takes of a float64 copy of all
-        self.centre = (low.double() + high) / 2
+        self.center = (low.double() + high) / 2
         if preserve_zero:
-            self.centre.zero_()
+            self.center.zero_()
         points = None
         if values.shape[1] > HISTOGRAM_VALUES:
-            points = _histogram(values, weights, self.centre, low, high)
+            points = _histogram(values, weights, self.center, low, high)
         if points is None:
-            points = _sorted(values, weights, self.centre)
+            points = _sorted(values, weights, self.center)
         self.values, self.mass, self.first, self.second = points
         self.zero = self._pin_zero() if preserve_zero else None
 
@@ -70,13 +70,13 @@ class SortedGroups:
         return pad(pad(inner, (1, 0)), (0, 1), value=self.values.shape[1])
 
     def moments(self, cuts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mass and first moment about `centre` between the `cuts` `[groups, k + 1]`, each float64 `[groups, k]`."""
+        """Mass and first moment about `center` between the `cuts` `[groups, k + 1]`, each float64 `[groups, k]`."""
         return self.mass.gather(1, cuts).diff(dim=1), self.first.gather(1, cuts).diff(dim=1)
 
     def means(self, cuts: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
         """Mean of each interval, float32: that of `empty` `[groups, k]` for one without mass, 0 for the one of zero."""
         mass, first = self.moments(cuts)
-        means = torch.where(mass > 0, first / mass.clamp_min(1e-300) + self.centre, empty.double()).float()
+        means = torch.where(mass > 0, first / mass.clamp_min(1e-300) + self.center, empty.double()).float()
         if self.zero is not None:
             means.scatter_(1, torch.searchsorted(cuts[:, 1:].contiguous(), self.zero, right=True), 0.0)
         return means
@@ -104,7 +104,7 @@ class SortedGroups:
             if offsets is not None:
                 codebooks += offsets[:, start : start + chunk, None]
             mass, first = self.entry_moments(codebooks)
-            entry = codebooks - self.centre[:, :, None]
+            entry = codebooks - self.center[:, :, None]
             errors.append(self.second[:, None] + (entry * (entry * mass - 2 * first)).sum(dim=2))
         return torch.cat(errors, dim=1).clamp_min_(0)
 
@@ -135,7 +135,7 @@ def _ordered(bits: torch.Tensor) -> torch.Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _sorted(values, weights, centre):
+def _sorted(values, weights, center):
     """`values`, `mass`, `first` and `second` of [`SortedGroups`]: every value a point."""
     number, n = values.shape
     ordered = torch.empty_like(values)
@@ -150,21 +150,21 @@ def _sorted(values, weights, centre):
         rows = slice(start, start + step)
         if weights is None:
             ordered[rows] = ascending(values[rows])
-            centred = moment = ordered[rows] - centre[rows]
+            centered = moment = ordered[rows] - center[rows]
         else:
             ordered[rows], weight = ascending_pairs(values[rows], weights[rows])
             mass[rows, 1:] = weight.cumsum(dim=1, dtype=torch.float64)
-            centred = ordered[rows] - centre[rows]
-            moment = centred * weight
+            centered = ordered[rows] - center[rows]
+            moment = centered * weight
         first[rows, 1:] = moment.cumsum(dim=1)
-        second[rows] = (moment * centred).sum(dim=1)
+        second[rows] = (moment * centered).sum(dim=1)
     return ordered, mass, first, second
 
 
-def _histogram(values, weights, centre, low, high):
+def _histogram(values, weights, center, low, high):
     """`values`, `mass`, `first` and `second` of [`SortedGroups`]: bins as points, or `None` if too few are in use.
 
-    A first pass counts into even bins. Each is then divided as finely as the best quantiser with many entries would
+    A first pass counts into even bins. Each is then divided as finely as the best quantizer with many entries would
     (Panter and Dite 1951), the cube root of its mass, so that narrow peaks and long tails are both resolved.
     """
     number, n = values.shape
@@ -187,23 +187,23 @@ def _histogram(values, weights, centre, low, high):
     base = (divisions.cumsum(dim=1) - divisions + total * group).int().view(-1)
     divisions = divisions.float().view(-1)
     mass = torch.zeros(number * total, dtype=torch.float64, device=values.device)
-    first, second = torch.zeros_like(mass), torch.zeros_like(centre[:, 0])
+    first, second = torch.zeros_like(mass), torch.zeros_like(center[:, 0])
     for part in columns:
         position = (values[:, part] - low) * scale
         bins = position.int()
         within = (position - bins).view(-1)
         bins = (bins + group * COARSE_BINS).view(-1)
         bins = base.index_select(0, bins) + (within * divisions.index_select(0, bins)).int()
-        centred = values[:, part] - centre
-        moment = centred if weights is None else centred * weights[:, part]
+        centered = values[:, part] - center
+        moment = centered if weights is None else centered * weights[:, part]
         mass += torch.bincount(bins, weight(part), len(mass))
         first += torch.bincount(bins, moment.reshape(-1), len(mass))
-        second += (moment * centred).sum(dim=1)
+        second += (moment * centered).sum(dim=1)
 
     mass, first = mass.view(number, total), first.view(number, total)
     if (mass > 0).sum(dim=1).min() < LEAST_BINS:
         return None
-    means = (first / mass.clamp_min(1e-300) + centre).float()
+    means = (first / mass.clamp_min(1e-300) + center).float()
     # an empty bin repeats the one before it
     points = torch.where(mass > 0, means, low).cummax(dim=1).values
     return points, pad(mass.cumsum(dim=1), (1, 0)), pad(first.cumsum(dim=1), (1, 0)), second

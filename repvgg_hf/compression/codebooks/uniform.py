@@ -84,7 +84,7 @@ def _stretched_steps(sets: SortedGroups, ranges: Range, integers: torch.Tensor, 
 
 def _stretched_ends(sets: SortedGroups, ranges: Range, integers: torch.Tensor, factors: torch.Tensor) -> Range:
     """Every combination of multiples of the distances of the two ends from the mean."""
-    mean = sets.centre.float()[:, :, None]
+    mean = sets.center.float()[:, :, None]
     low, high = (ranges[0] + ranges[1] * integers[end] for end in (0, -1))  # [sets, ranges]
     low = (mean + (low[:, :, None] - mean) * factors)[:, :, :, None]
     high = (mean + (high[:, :, None] - mean) * factors)[:, :, None, :]
@@ -96,15 +96,15 @@ def _least_squares(sets: SortedGroups, ranges: Range, integers: torch.Tensor, af
     """The best ranges for the codes that the nearest entries have, `[sets, candidates]`."""
     offsets, steps = ranges
     mass, first = sets.entry_moments(offsets[:, :, None] + steps[:, :, None] * integers)
-    first = first + sets.centre[:, :, None] * mass
+    first = first + sets.center[:, :, None] * mass
     total = mass.sum(dim=2, keepdim=True).clamp_min(1e-300)
     integers = integers.double()
     # the regression of the values on their integers, through zero or not
     mean = (mass * integers).sum(dim=2, keepdim=True) / total if affine else torch.zeros_like(total)
     value = first.sum(dim=2, keepdim=True) / total if affine else torch.zeros_like(total)
-    centred = integers - mean
-    variance = (mass * centred.square()).sum(dim=2)
-    slope = (centred * (first - value * mass)).sum(dim=2) / variance.clamp_min(1e-300)
+    centered = integers - mean
+    variance = (mass * centered.square()).sum(dim=2)
+    slope = (centered * (first - value * mass)).sum(dim=2) / variance.clamp_min(1e-300)
     usable = (variance > 0) & (slope > 0)
     offset = (value - slope[:, :, None] * mean)[:, :, 0]
     return torch.where(usable, offset.float(), offsets), torch.where(usable, slope.float(), steps)

@@ -60,13 +60,13 @@ def rows_in_memory(weight: torch.Tensor, like: torch.Tensor | None = None) -> to
 def quantize_weight(
     weight: torch.Tensor, bits: int, groups: int, config: ClusterConfig, importance: torch.Tensor | None = None
 ) -> QuantizedWeight:
-    """Quantise a weight so that `sum importance * (weight - decoded)^2` is small; every entry is the nearest one.
+    """Quantize a weight so that `sum importance * (weight - decoded)^2` is small; every entry is the nearest one.
 
     Args:
         weight: finite, `[out, ...]`, any float dtype.
         bits: of a code, 1 to 8.
         groups: number of codebooks, of `2**bits` entries; each is for `out / groups` consecutive channels.
-        config: how to quantise; its `bits` and granularity are not looked at.
+        config: how to quantize; its `bits` and granularity are not looked at.
         importance: of each weight, `[out, ...]` or `[1, ...]`, finite and not negative; `None` for equal importance,
             which also a group has in which nothing is important.
 

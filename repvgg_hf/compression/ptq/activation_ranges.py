@@ -1,4 +1,4 @@
-"""The range in which a layer's input is quantised, found from a histogram of the values it takes.
+"""The range in which a layer's input is quantized, found from a histogram of the values it takes.
 
 A range is a scale and a zero point: the integers q from 0 to `2**bits - 1` stand for `scale * (q - zero_point)`.
 """
@@ -113,7 +113,7 @@ class RangeObserver:
     def _best_candidate(self, bits: int, loss) -> tuple[torch.Tensor, torch.Tensor]:
         """The range with the least `loss` among those whose ends are fractions of the minimum and the maximum."""
         occupied = self.counts > 0
-        centres = ((self.first + torch.arange(len(self.counts)))[occupied] + 0.5).double() * 2.0**self.exponent
+        centers = ((self.first + torch.arange(len(self.counts)))[occupied] + 0.5).double() * 2.0**self.exponent
         counts = self.counts[occupied].double()
         low, high = torch.tensor([min(self.min, 0), max(self.max, 0)], dtype=torch.float64)
         for fractions in (COARSE, FINE):
@@ -122,7 +122,7 @@ class RangeObserver:
             lows, highs = lows.repeat_interleave(len(highs)), highs.repeat(len(lows))
             scale, zero_point = _affine(lows, highs, bits)
             pieces = zip(scale[:, None].split(CANDIDATES_AT_ONCE), zero_point[:, None].split(CANDIDATES_AT_ONCE))
-            losses = torch.cat([loss(centres, counts, *piece, 2**bits - 1) for piece in pieces])
+            losses = torch.cat([loss(centers, counts, *piece, 2**bits - 1) for piece in pieces])
             if loss is _divergence:  # of steps within a bin the histogram can't tell
                 losses[scale < 2.0**self.exponent] = math.inf
             best = losses.argmin()
@@ -137,19 +137,19 @@ def _affine(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Ten
     return scale, (-low / scale).round()
 
 
-def _squared_error(centres, counts, scale, zero_point, highest) -> torch.Tensor:
-    """The summed squared error of `counts` `[n]` values at `centres` `[n]` for candidates `[c, 1]`; `[c]`."""
-    integers = ((centres / scale).round() + zero_point).clamp(0, highest)
-    return ((integers - zero_point) * scale - centres).square() @ counts
+def _squared_error(centers, counts, scale, zero_point, highest) -> torch.Tensor:
+    """The summed squared error of `counts` `[n]` values at `centers` `[n]` for candidates `[c, 1]`; `[c]`."""
+    integers = ((centers / scale).round() + zero_point).clamp(0, highest)
+    return ((integers - zero_point) * scale - centers).square() @ counts
 
 
-def _divergence(centres, counts, scale, zero_point, highest) -> torch.Tensor:
-    """The Kullback-Leibler divergence of the clipped histogram from its quantised one, for candidates `[c, 1]`; `[c]`.
+def _divergence(centers, counts, scale, zero_point, highest) -> torch.Tensor:
+    """The Kullback-Leibler divergence of the clipped histogram from its quantized one, for candidates `[c, 1]`; `[c]`.
 
-    What lies outside of the range is added to the outermost bins inside; the quantised histogram spreads what each
+    What lies outside of the range is added to the outermost bins inside; the quantized histogram spreads what each
     integer stands for evenly over its bins, and has nothing from outside.
     """
-    integers = (centres / scale).round() + zero_point
+    integers = (centers / scale).round() + zero_point
     inside = (integers >= 0) & (integers <= highest)
     mass = counts * inside  # [c, n]
     level = integers.clamp(0, highest).long()

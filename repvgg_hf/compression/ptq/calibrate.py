@@ -1,4 +1,4 @@
-"""Post-training quantisation with calibration data, block by block on what the quantised blocks before put out."""
+"""Post-training quantization with calibration data, block by block on what the quantized blocks before put out."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -83,7 +83,7 @@ class CalibrationOptions:
 
 @dataclass
 class CalibratedLayer:
-    """What becomes of a layer: its weight, its bias if that changes, its input's scale and zero point if quantised."""
+    """What becomes of a layer: its weight, its bias if that changes, its input's scale and zero point if quantized."""
 
     weight: QuantizedWeight
     bias: torch.Tensor | None = None
@@ -125,7 +125,7 @@ class InputStatistics:
 
     @classmethod
     def collect(cls, block, layer, inputs, float_block, float_layer, float_inputs, observer=None):
-        """From the inputs of a quantised `block` and of the same block in the float model."""
+        """From the inputs of a quantized `block` and of the same block in the float model."""
         moments = mean = float_mean = positions = 0
         for x, float_x in zip(inputs, float_inputs):
             x, float_x = layer_input(block, layer, x), layer_input(float_block, float_layer, float_x)
@@ -138,16 +138,16 @@ class InputStatistics:
         return cls(moments / positions, mean / positions, float_mean / positions, observer)
 
     def mean_error(self, weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-        """By how much the float layer's mean output is above the quantised one's, `[out]`."""
+        """By how much the float layer's mean output is above the quantized one's, `[out]`."""
         groups, width = self.mean.shape
         wanted = weight.reshape(groups, -1, width) @ self.float_mean[:, :, None]
         return (wanted - quantized.reshape(groups, -1, width) @ self.mean[:, :, None]).reshape(-1)
 
 
 def calibrate(model: nn.Module, config: ClusterConfig, data: CalibrationData, options: CalibrationOptions):
-    """Quantise a fused float32 `model` with calibration data; its own layers are not changed.
+    """Quantize a fused float32 `model` with calibration data; its own layers are not changed.
 
-    Returns `(layers, config)`: a [`CalibratedLayer`] for each quantised layer, by name, and `config` with the bits that
+    Returns `(layers, config)`: a [`CalibratedLayer`] for each quantized layer, by name, and `config` with the bits that
     `target_bits_per_weight` chose. Raises `ValueError` naming the layer if its inputs are all zero.
     """
     float_blocks = block_chain(model)
@@ -193,13 +193,13 @@ def check_chain(model: nn.Module, blocks: dict[str, nn.Module], data: Calibratio
     outputs = outputs.logits if "logits" in outputs else outputs[0][-1] if "feature_maps" in outputs else outputs[0]
     if not torch.allclose(run(blocks.values(), images), outputs, rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{type(model).__name__} is no plain chain of RepVGG layers, which calibration needs: quantise it without "
+            f"{type(model).__name__} is no plain chain of RepVGG layers, which calibration needs: quantize it without "
             "calibration data."
         )
 
 
 def calibrate_layer(name, layer, float_layer, statistics, fisher, config, options) -> CalibratedLayer:
-    """Quantise `layer` of the quantised network, and make it compute with the result."""
+    """Quantize `layer` of the quantized network, and make it compute with the result."""
     weight = float_layer.weight
     importance = fisher
     if options.sensitivity == "second_moment":

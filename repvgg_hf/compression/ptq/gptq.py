@@ -1,4 +1,4 @@
-"""Codes and codebooks that minimise a layer's output error on calibration data, instead of its weights' error.
+"""Codes and codebooks that minimize a layer's output error on calibration data, instead of its weights' error.
 
 With second moments `H = E[x x^T]` of a layer's inputs `x` (a convolution's are unfolded patches), the mean squared
 error of its outputs is `tr((W - Q) H (W - Q)^T)`. Codes are first assigned column by column, each column's error
@@ -46,7 +46,7 @@ class LayerProblem:
         return rows[:, :, self.order.argsort()].reshape(self.shape)
 
     def error(self, quantized: torch.Tensor) -> torch.Tensor:
-        """The output error of the quantised `[out, ...]`, 0-dim."""
+        """The output error of the quantized `[out, ...]`, 0-dim."""
         difference = self.target - self.rows(quantized)
         return ((difference @ self.moments) * difference).sum()
 
@@ -116,7 +116,7 @@ def compensated_weight(
 
     Args:
         weight: `[out, ...]`, the float weight.
-        start: the same quantised for the least weight error.
+        start: the same quantized for the least weight error.
         moments: `[G, d, d]`, second moments of the inputs for each group of the convolution.
         config: what the codebook must keep to.
         damping: added to the diagonal of `moments`, as a share of its mean.
@@ -200,7 +200,7 @@ def fit_codebook(problem: LayerProblem, weight: QuantizedWeight, config: Cluster
 
 
 def output_products(problem: LayerProblem, weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """(product of the float and the quantised output, the latter's square), each channel's mean, `[out]`."""
+    """(product of the float and the quantized output, the latter's square), each channel's mean, `[out]`."""
     values = problem.rows(weight.decoded())
     image = values @ problem.moments
     return (image * problem.target).sum(dim=2).reshape(-1), (image * values).sum(dim=2).reshape(-1)

@@ -42,7 +42,7 @@ def diagonal_fisher(model: nn.Module, data: CalibrationData, names: list[str]) -
 def measure_costs(
     blocks: dict[str, nn.Module], data: CalibrationData, config: ClusterConfig, choices: list[int]
 ) -> dict[str, dict[int, float]]:
-    """How far the float model's outputs move when one layer alone is quantised, for each layer and choice of bits.
+    """How far the float model's outputs move when one layer alone is quantized, for each layer and choice of bits.
 
     The Kullback-Leibler divergence of the predictions, or without a classifier the mean squared error of the feature
     map over its mean square. Each layer is measured from its block on, on up to 128 images.

@@ -1,4 +1,4 @@
-"""Where quantisation-aware training starts: after post-training quantisation, with calibration data or without."""
+"""Where quantization-aware training starts: after post-training quantization, with calibration data or without."""
 
 import copy
 
@@ -17,9 +17,9 @@ KERNEL_FITS = 4  # the OABN bound depends on the dense kernel, which is changed 
 def quantized_start(
     model, layers: dict[str, nn.Module], config: ClusterConfig, calibration, options: dict
 ) -> tuple[dict[str, CalibratedLayer], ClusterConfig]:
-    """Post-training quantisation of a float `model` whose fused layers are `layers`; nothing is changed.
+    """Post-training quantization of a float `model` whose fused layers are `layers`; nothing is changed.
 
-    `options` are those of [`CalibrationOptions`]. Returns the quantised layers, and the configuration with all choices
+    `options` are those of [`CalibrationOptions`]. Returns the quantized layers, and the configuration with all choices
     made. Raises `ValueError` for what needs calibration data if there is none.
     """
     if calibration is None:
@@ -35,7 +35,7 @@ def quantized_start(
 
 
 def plain_start(layers: dict[str, nn.Module], config: ClusterConfig) -> dict[str, CalibratedLayer]:
-    """Post-training quantisation of the fused `layers` for the least weight error."""
+    """Post-training quantization of the fused `layers` for the least weight error."""
     chosen = {name: layer for name, layer in layers.items() if config.converts(name)}
     return {name: CalibratedLayer(quantize_layer(name, layer, config)) for name, layer in chosen.items()}
 

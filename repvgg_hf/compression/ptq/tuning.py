@@ -1,4 +1,4 @@
-"""Training a quantised network on the float network's outputs, with a few hundred images and no labels."""
+"""Training a quantized network on the float network's outputs, with a few hundred images and no labels."""
 
 import math
 
@@ -33,18 +33,18 @@ def tune_network(
     """Tune kernels, codebooks, scales and biases together on the float model's outputs; returns the new weights.
 
     Args:
-        blocks: the chain of the quantised network, see [`block_chain`]; its layers hold the decoded weights. Biases
+        blocks: the chain of the quantized network, see [`block_chain`]; its layers hold the decoded weights. Biases
             are changed in place.
         float_blocks: that of the float network.
-        weights: the quantised weight of each of `layers`, by name.
-        layers: the quantised layers in `blocks`.
+        weights: the quantized weight of each of `layers`, by name.
+        layers: the quantized layers in `blocks`.
         data: the images.
         config: what codebooks must keep to.
         steps: of Adam, on batches of 32 images, with a learning rate that falls to zero.
         seed: of the order of images.
 
-    The straight-through gradient moves a kernel that starts at its quantised value until it is nearer to the next
-    entry; so codes change only where the outputs gain. It is quantisation-aware training by distillation (the loss of
+    The straight-through gradient moves a kernel that starts at its quantized value until it is nearer to the next
+    entry; so codes change only where the outputs gain. It is quantization-aware training by distillation (the loss of
     BRECQ, arXiv 2102.05426, with the whole network as its block).
     """
     groups, dtype = [], CODEBOOK_DTYPES[config.codebook_dtype]

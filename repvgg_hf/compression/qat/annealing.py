@@ -13,7 +13,7 @@ from ..ptq.starting import plain_start
 def set_bits(model, bits: int) -> None:
     """Go on with codes of `bits` bits, and new codebooks for the present kernels, in a model prepared for QAT.
 
-    `bits_overrides` stay. The codebooks are new parameters: build the optimiser afterwards, again. Raises `ValueError`
+    `bits_overrides` stay. The codebooks are new parameters: build the optimizer afterwards, again. Raises `ValueError`
     for a model that is not prepared, or bits that are not 1 to 8; the model is then unchanged.
     """
     trained = fake_quantizers(model)

@@ -1,4 +1,4 @@
-"""How quantisation-aware training moves codebooks, ranges and statistics."""
+"""How quantization-aware training moves codebooks, ranges and statistics."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class QATOptions:
         codebook_update: how the codebooks of `method="cluster"` move: `"gradient"`: entries and channel scales are
             parameters; `"kmeans"`: towards the means of their weights; `"both"`. The steps of `method="uniform"` are
             always parameters.
-        momentum: of the k-means codebook's moving average over optimiser steps, 0 to below 1.
-        update_every: optimiser steps between k-means updates, and between revivals of entries that no weight uses.
-        batch_norm_every: optimiser steps between re-estimations of the batch norm statistics, in which a training step
+        momentum: of the k-means codebook's moving average over optimizer steps, 0 to below 1.
+        update_every: optimizer steps between k-means updates, and between revivals of entries that no weight uses.
+        batch_norm_every: optimizer steps between re-estimations of the batch norm statistics, in which a training step
             runs the branches too; 0 leaves them frozen.
         activation_update: with `activation_bits`: `"gradient"` learns the scale of each layer's input (LSQ),
             `"moving_average"` follows the least and the largest value of a batch.
@@ -29,7 +29,7 @@ class QATOptions:
         freeze_threshold: freeze weights whose code oscillates more often than in this share of steps (0.01 to 0.1 are
             usual); `None` freezes none.
         freeze_momentum: of the moving average of that share.
-        blend_steps: optimiser steps in which training goes over from the float kernels to the quantised ones, as a mix
+        blend_steps: optimizer steps in which training goes over from the float kernels to the quantized ones, as a mix
             of both: for one bit, which a network that was trained with float weights does not survive at once.
         start: with `calibration`: `"kernel"` keeps the float kernels, with the calibrated codebooks and biases;
             `"decoded"` also moves the kernels onto their calibrated values, so that training begins with exactly the

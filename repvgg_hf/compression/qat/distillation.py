@@ -1,4 +1,4 @@
-"""Training a quantised model on the outputs of the float model (arXiv 1503.02531, 1711.05852)."""
+"""Training a quantized model on the outputs of the float model (arXiv 1503.02531, 1711.05852)."""
 
 import copy
 
@@ -60,7 +60,7 @@ class Distillation:
             wanted = self.teacher(pixel_values, output_hidden_states=self.needs_features)
         if wanted.logits.shape != outputs.logits.shape:
             raise ValueError(
-                f"The teacher has {wanted.logits.shape[-1]} classes, the student {outputs.logits.shape[-1]}: distil "
+                f"The teacher has {wanted.logits.shape[-1]} classes, the student {outputs.logits.shape[-1]}: distill "
                 "from a model with the same head."
             )
         loss = self.weight * distillation_loss(outputs.logits, wanted.logits, self.temperature)

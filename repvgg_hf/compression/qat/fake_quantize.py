@@ -1,4 +1,4 @@
-"""Computing with a kernel's quantised value while the kernel trains."""
+"""Computing with a kernel's quantized value while the kernel trains."""
 
 from collections.abc import Callable
 
@@ -23,9 +23,9 @@ CODEBOOK_UPDATES = ("kmeans", "gradient", "both")
 
 
 class _Decode(torch.autograd.Function):
-    """The rows that uint8 `codes` `[out, n]` were `decoded` to, as the kernel's quantised value.
+    """The rows that uint8 `codes` `[out, n]` were `decoded` to, as the kernel's quantized value.
 
-    The kernel's gradient is that of its quantised value (straight-through), also outside the codebook's range: a weight
+    The kernel's gradient is that of its quantized value (straight-through), also outside the codebook's range: a weight
     there can come back. An entry's is the mean over the weights that it stands for, a channel scale's the mean over its
     channel, over the mean square of what it scales: a step of gradient descent then moves an entry as far as it moves
     those weights on average, and a scale so far that they grow as much. (The root of the number of weights in the place
@@ -63,7 +63,7 @@ def power_of_two(values: torch.Tensor) -> torch.Tensor:
 
 
 class FakeQuantize(nn.Module):
-    """Maps a kernel `[out, ...]` to its quantised value. Base of [`ClusterFakeQuantize`] and `UniformFakeQuantize`.
+    """Maps a kernel `[out, ...]` to its quantized value. Base of [`ClusterFakeQuantize`] and `UniformFakeQuantize`.
 
     In the first `blend_steps` steps training goes over to it from the float kernel, of which it is given a linearly
     falling share (alpha-blending, arXiv 1903.01061). Its state, a count of steps among it, is persistent: part of every
@@ -90,7 +90,7 @@ class FakeQuantize(nn.Module):
         return kernel.lerp(quantized, (self.steps / self.blend_steps).clamp_max(1).to(kernel.dtype))
 
     def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
-        """The quantised value of `kernel`, with gradients for it and for what is learned of codebook and scale."""
+        """The quantized value of `kernel`, with gradients for it and for what is learned of codebook and scale."""
         raise NotImplementedError
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -115,7 +115,7 @@ class FakeQuantize(nn.Module):
         return QuantizedWeight(from_rows(codes, kernel.shape).contiguous(), codebook, scale)
 
     def count(self) -> int:
-        """How many optimiser steps were taken."""
+        """How many optimizer steps were taken."""
         if self.known_steps is None:
             self.known_steps = int(self.steps)
         return self.known_steps
@@ -126,7 +126,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def step(self, kernel: Callable[[], torch.Tensor]) -> None:
-        """What is to be done after an optimiser step; `kernel` computes the new kernel, if that is needed."""
+        """What is to be done after an optimizer step; `kernel` computes the new kernel, if that is needed."""
         if self.is_due():
             kernel = kernel()
         self.known_steps = self.count() + 1
@@ -155,15 +155,15 @@ class FakeQuantize(nn.Module):
 
 
 class ClusterFakeQuantize(FakeQuantize):
-    """Maps a kernel `[out, ...]` to its quantised value, with a codebook that follows the kernel as it trains.
+    """Maps a kernel `[out, ...]` to its quantized value, with a codebook that follows the kernel as it trains.
 
     Args:
-        weight: how post-training quantisation codes the kernel; its codebook and scale are the start.
+        weight: how post-training quantization codes the kernel; its codebook and scale are the start.
         codebook_dtype: in which the codebook will be stored. The forward pass rounds to it, so that what is trained is
             what is shipped.
         codebook_update: `"kmeans"`: [`update`] moves the entries and scales towards the least squared weight error;
-            `"gradient"`: they are parameters that the optimiser moves; `"both"`.
-        momentum: of the moving average of the codebook and the channel scale over optimiser steps, for k-means.
+            `"gradient"`: they are parameters that the optimizer moves; `"both"`.
+        momentum: of the moving average of the codebook and the channel scale over optimizer steps, for k-means.
         update_every: steps between updates, which are as large as that many would be together.
         symmetric, preserve_zero: what the codebook must keep to, see `ClusterConfig`.
         freezing: state of the freezing of oscillating weights.

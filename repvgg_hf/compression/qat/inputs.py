@@ -1,4 +1,4 @@
-"""Computing with a layer's quantised input while the model trains: its range is learned, or follows the values."""
+"""Computing with a layer's quantized input while the model trains: its range is learned, or follows the values."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Layers that compute with fake-quantised weights, and inputs if wanted."""
+"""Layers that compute with fake-quantized weights, and inputs if wanted."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from .fake_quantize import FakeQuantize
 class QATLayer(nn.Module):
     """What the classes below add to a float layer, whose class is changed in place.
 
-    `weight_fake_quant` maps the kernel to its quantised value; `input_fake_quant`, if there is one, does so with the
+    `weight_fake_quant` maps the kernel to its quantized value; `input_fake_quant`, if there is one, does so with the
     input.
     """
 
@@ -20,26 +20,26 @@ class QATLayer(nn.Module):
         return x if quantize is None else quantize(x)
 
     def kernel(self) -> torch.Tensor:
-        """The float kernel that is quantised, `[out, ...]`."""
+        """The float kernel that is quantized, `[out, ...]`."""
         return self.weight
 
 
 class QATConv2d(QATLayer, nn.Conv2d):
-    """An `nn.Conv2d` that computes with its fake-quantised weight."""
+    """An `nn.Conv2d` that computes with its fake-quantized weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(self.quantized_input(x), self.weight_fake_quant(self.weight), self.bias)
 
 
 class QATLinear(QATLayer, nn.Linear):
-    """An `nn.Linear` that computes with its fake-quantised weight."""
+    """An `nn.Linear` that computes with its fake-quantized weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantized_input(x), self.weight_fake_quant(self.weight), self.bias)
 
 
 class QATReparamConv2d(QATLayer, ReparamConv2d):
-    """A `ReparamConv2d` that computes with its fake-quantised equivalent kernel, batch norm statistics frozen.
+    """A `ReparamConv2d` that computes with its fake-quantized equivalent kernel, batch norm statistics frozen.
 
     Every `batch_norm_every` steps a training step runs the branches too, for their statistics.
     """
@@ -74,12 +74,12 @@ FLOAT_CLASSES = {qat: plain for plain, qat in QAT_CLASSES.items()}
 
 
 def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
-    """The layers of `model` that compute with fake-quantised weights, by name."""
+    """The layers of `model` that compute with fake-quantized weights, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
 
 
 def kernel_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of the kernel that a float layer quantises."""
+    """The shape of the kernel that a float layer quantizes."""
     if not isinstance(layer, ReparamConv2d):
         return tuple(layer.weight.shape)
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -88,10 +88,10 @@ def kernel_shape(layer: nn.Module) -> tuple[int, ...]:
 def add_fake_quantizers(
     layer: nn.Module, weight: FakeQuantize, inputs: nn.Module | None, batch_norm_every: int = 0
 ) -> None:
-    """Make `layer` compute with fake-quantised weight, and input if `inputs` is given."""
+    """Make `layer` compute with fake-quantized weight, and input if `inputs` is given."""
     device = next(layer.parameters()).device
     for module in layer.modules():
-        if isinstance(module, nn.Conv2d):  # as the rows that are quantised, so that no step has to rearrange them
+        if isinstance(module, nn.Conv2d):  # as the rows that are quantized, so that no step has to rearrange them
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     layer.__class__ = QAT_CLASSES[type(layer)]
     layer.weight_fake_quant = weight.to(device).train(layer.training)

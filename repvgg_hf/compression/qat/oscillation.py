@@ -8,8 +8,8 @@ class OscillationFreezing(nn.Module):
     """Fixes the codes of weights whose code changes to and fro more often than `threshold`.
 
     A step in which a code moves against its last move is an oscillation. Its frequency is a moving average with
-    `momentum` over optimiser steps; once it is above the threshold, the weight keeps the code that it was nearest to on
-    average. The kernel itself trains on, it may be a function of branches; only its quantised value stays.
+    `momentum` over optimizer steps; once it is above the threshold, the weight keeps the code that it was nearest to on
+    average. The kernel itself trains on, it may be a function of branches; only its quantized value stays.
 
     State a weight, persistent: its last code, average code, last direction, frequency, and whether it is frozen.
     """
@@ -29,7 +29,7 @@ class OscillationFreezing(nn.Module):
         return torch.where(self.frozen, self.last, codes)
 
     def observe(self, codes: torch.Tensor) -> None:
-        """Count the oscillations of an optimiser step that led to uint8 `codes` `[out, n]`; freeze what is due."""
+        """Count the oscillations of an optimizer step that led to uint8 `codes` `[out, n]`; freeze what is due."""
         codes = self(codes)
         move = (codes > self.last).to(torch.int8) - (codes < self.last).to(torch.int8)
         oscillates = (move * self.direction) < 0

@@ -1,4 +1,4 @@
-"""Quantisation-aware training: the model computes with the quantised equivalent kernels while its parameters train."""
+"""Quantization-aware training: the model computes with the quantized equivalent kernels while its parameters train."""
 
 import contextlib
 import dataclasses
@@ -29,12 +29,12 @@ from ..codebooks.weights import QuantizedWeight
 
 
 def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
-    """The fake quantisers of a model, by the name of the layer whose kernel they quantise."""
+    """The fake quantizers of a model, by the name of the layer whose kernel they quantize."""
     return {name: layer.weight_fake_quant for name, layer in qat_layers(model).items()}
 
 
 def trained_input_ranges(model: nn.Module) -> dict[str, tuple[float, int]]:
-    """(scale, zero point) of the quantised inputs of a model, by the name of the layer that takes them."""
+    """(scale, zero point) of the quantized inputs of a model, by the name of the layer that takes them."""
     layers = qat_layers(model)
     return {
         name: layer.input_fake_quant.range() for name, layer in layers.items() if "input_fake_quant" in layer._modules
@@ -49,16 +49,16 @@ def remove_fake_quantizers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def prepare_qat(model, method: str | ClusterConfig = "cluster", bits: int | None = None, calibration=None, **options):
-    """Make `model` compute with quantised weights while its parameters train, in place; returns it.
+    """Make `model` compute with quantized weights while its parameters train, in place; returns it.
 
     Args:
         model: a float model, with branches or fused.
         method: `"cluster"`, `"uniform"` (LSQ) or a whole `ClusterConfig`.
         bits: 1 to 8, default 4.
-        calibration: images, as for `quantize`: training then starts from calibrated post-training quantisation.
+        calibration: images, as for `quantize`: training then starts from calibrated post-training quantization.
         options: further arguments of `ClusterConfig`, [`QATOptions`] and, with `calibration`, `CalibrationOptions`.
 
-    Everything is computed first: an error leaves `model` unchanged. Raises `ValueError` for a quantised or prepared
+    Everything is computed first: an error leaves `model` unchanged. Raises `ValueError` for a quantized or prepared
     model, bad options, weights that aren't finite, or `activation_bits` without calibration images.
     """
     if getattr(model, "is_quantized", False):
@@ -121,7 +121,7 @@ def describe(model, config: ClusterConfig, options: QATOptions) -> None:
 
 
 def make_fake_quantizer(weight: QuantizedWeight, config: ClusterConfig, options: QATOptions) -> FakeQuantize:
-    """The fake quantiser that starts at a layer's quantised `weight`."""
+    """The fake quantizer that starts at a layer's quantized `weight`."""
     freezing = None
     if options.freeze_threshold is not None:
         freezing = OscillationFreezing(weight.codes, options.freeze_threshold, options.freeze_momentum)
@@ -144,7 +144,7 @@ def _input_quantizer(input_range, config: ClusterConfig, options: QATOptions) ->
 
 @torch.no_grad()
 def update_codebooks(model: nn.Module) -> None:
-    """Move what is to be moved after an optimiser step. Call it once after each one, on every rank.
+    """Move what is to be moved after an optimizer step. Call it once after each one, on every rank.
 
     Kernels that `fully_shard` (FSDP) has spread over the ranks are gathered for it. FSDP takes contiguous parameters
     only: call `model.to(memory_format=torch.contiguous_format)` after `prepare_qat`. Leave the codebooks to k-means
@@ -193,7 +193,7 @@ def _average_statistics(block: ReparamConv2d) -> None:
 def check_gradients(model: nn.Module, step: int) -> None:
     """Raise `RuntimeError` naming the step and the layer if a gradient is NaN or infinite.
 
-    Before the optimiser uses it: the parameters are then still good.
+    Before the optimizer uses it: the parameters are then still good.
     """
     named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     if named and not nn.utils.get_total_norm([gradient for _, gradient in named]).isfinite():
@@ -209,13 +209,13 @@ def diverged(model: nn.Module, step: int) -> RuntimeError:
     ]
     where = f"of {names[0]} and {len(names) - 1} other parameters" if names else "as a whole"
     return RuntimeError(
-        f"The gradients {where} are NaN or infinite in optimiser step {step}: lower the learning rate, or go on from "
+        f"The gradients {where} are NaN or infinite in optimizer step {step}: lower the learning rate, or go on from "
         "an earlier checkpoint. This step was not taken, checkpoints before it are good."
     )
 
 
 class QATCallback(TrainerCallback):
-    """Moves the codebooks after every optimiser step of a `Trainer`, and stops it with a `RuntimeError` if it diverges.
+    """Moves the codebooks after every optimizer step of a `Trainer`, and stops it with a `RuntimeError` if it diverges.
 
     (With fp16 a loss scaler skips steps whose gradients are too large: there nothing is checked.)
     """

@@ -1,4 +1,4 @@
-"""Learned step size quantisation (LSQ, arXiv 1902.08153; with an offset as in LSQ+, arXiv 2004.09576)."""
+"""Learned step size quantization (LSQ, arXiv 1902.08153; with an offset as in LSQ+, arXiv 2004.09576)."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from ..codebooks.weights import TINY, QuantizedWeight
 
 
 class _LearnedStep(torch.autograd.Function):
-    """The `decoded` rows as the kernel's quantised value; the gradients are those of LSQ.
+    """The `decoded` rows as the kernel's quantized value; the gradients are those of LSQ.
 
     With v = (w - offset) / step and q the nearest integer of the grid: a weight w outside the grid gets no gradient;
     the step gets the sum of g * (q - v) over the weights inside and of g * q over those outside, the offset that of g
@@ -45,7 +45,7 @@ class UniformFakeQuantize(FakeQuantize):
     """Maps a kernel `[out, ...]` to the nearest points of evenly spaced grids whose steps are parameters.
 
     Args:
-        weight: how post-training quantisation codes the kernel; its grid is the start.
+        weight: how post-training quantization codes the kernel; its grid is the start.
         codebook_dtype: in which the grid will be stored. The forward pass rounds to it.
         symmetric: the grid has an exact zero and no offset.
         update_every: steps between updates: none is needed, it only counts.

@@ -244,7 +244,7 @@ def test_values_without_weight_take_no_entry():
     assert codebook.tolist() == [0.75, 10.5]
 
 
-@pytest.mark.parametrize("shift", [0.0, 100.0], ids=["centred", "far from zero"])
+@pytest.mark.parametrize("shift", [0.0, 100.0], ids=["centered", "far from zero"])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_neither_scale_nor_offset_matters(scale, shift, generator):
     # in float32, values with an offset of 100 standard deviations have 17 bits left

@@ -1,4 +1,4 @@
-"""Ranges of uniform quantisation, against dense searches."""
+"""Ranges of uniform quantization, against dense searches."""
 
 import pytest
 import torch

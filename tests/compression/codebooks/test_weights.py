@@ -1,4 +1,4 @@
-"""Quantising one tensor, against formulas, torch's fake quantisation and brute force."""
+"""Quantizing one tensor, against formulas, torch's fake quantization and brute force."""
 
 import pytest
 import torch
@@ -136,7 +136,7 @@ def test_int8_clusters_are_no_worse_than_uniform_int8(weight):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_symmetric_minmax_is_torchs_fake_quantisation(granularity, bits, weight):
+def test_symmetric_minmax_is_torchs_fake_quantization(granularity, bits, weight):
     options = {"method": "uniform", "range_method": "minmax", "codebook_dtype": "float32"}
     quantized = quantize(weight, granularity, bits=bits, **options)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -281,7 +281,7 @@ def test_a_constant_weight_is_kept(channel_scale, granularity, value):
         assert torch.allclose(quantized.decoded(), weight, rtol=1e-6, atol=1e-20)
 
 
-def test_uniform_quantisation_of_nothing_is_nothing():
+def test_uniform_quantization_of_nothing_is_nothing():
     for symmetric in (True, False):
         for range_method in ("minmax", "mse"):
             for bits in (1, 2, 8):
@@ -293,7 +293,7 @@ def test_uniform_quantisation_of_nothing_is_nothing():
 def test_a_codebook_that_float16_cannot_hold():
     layer = torch.nn.Linear(8, 12)
     torch.nn.init.uniform_(layer.weight, -1e6, 1e6)
-    with pytest.raises(ValueError, match=r"'head' can't be quantised.*does not fit float16: set channel_scale=True or"):
+    with pytest.raises(ValueError, match=r"'head' can't be quantized.*does not fit float16: set channel_scale=True or"):
         quantize_layer("head", layer, config_of(channel_scale=False))
     for fix in ({"channel_scale": True}, {"channel_scale": False, "codebook_dtype": "float32"}):
         weight = quantize_layer("head", layer, config_of(bits=8, **fix)).decoded()
@@ -301,7 +301,7 @@ def test_a_codebook_that_float16_cannot_hold():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_weights_are_quantised_in_float32(dtype, generator):
+def test_half_precision_weights_are_quantized_in_float32(dtype, generator):
     weight = torch.randn(12, 6, 3, 3, generator=generator).to(dtype)
     quantized, expected = quantize(weight, bits=4), quantize(weight.float(), bits=4)
     assert torch.equal(quantized.codes, expected.codes) and torch.equal(quantized.codebook, expected.codebook)

@@ -146,10 +146,10 @@ class TestQuantization:
         observer = observe(x)
         edges = (observer.first + np.arange(len(observer.counts) + 1)) * 2.0**observer.exponent
         counts, _ = np.histogram(x[x != 0], edges)
-        centres = (edges[1:] + edges[:-1]) / 2
+        centers = (edges[1:] + edges[:-1]) / 2
 
         def divergence(scale, zero_point):
-            return kl_divergence(counts, np.rint(centres / scale) + zero_point, 2**bits)
+            return kl_divergence(counts, np.rint(centers / scale) + zero_point, 2**bits)
 
         candidates = [affine(*ends, bits) for ends in candidate_ranges(x, 100 if name != "laplace" else 20)]
         best = min(divergence(*candidate) for candidate in candidates if candidate[0] >= 2.0**observer.exponent)
@@ -202,7 +202,7 @@ class TestQuantization:
 
 
 def kl_divergence(counts, integers, levels: int) -> float:
-    """As TensorRT's calibrator does it, level by level, for the integers that a range gives to the bins' centres."""
+    """As TensorRT's calibrator does it, level by level, for the integers that a range gives to the bins' centers."""
     bins = np.flatnonzero((counts > 0) & (integers >= 0) & (integers < levels))
     if not len(bins):
         return math.inf

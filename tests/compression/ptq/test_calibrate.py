@@ -1,4 +1,4 @@
-"""Quantising whole models with calibration data."""
+"""Quantizing whole models with calibration data."""
 
 import copy
 
@@ -18,7 +18,7 @@ QUICK = {"tuning_steps": 0}
 
 @pytest.fixture
 def images(generator):
-    """Neighbouring pixels of an image are alike, as in photographs."""
+    """Neighboring pixels of an image are alike, as in photographs."""
     noise = torch.randn(48, 3, 6, 6, generator=generator)
     return F.interpolate(noise, size=16, mode="bilinear") + 0.2 * torch.randn(48, 3, 16, 16, generator=generator)
 
@@ -268,9 +268,9 @@ def test_a_layer_whose_inputs_are_all_zero(model, images):
     fused.quantize(calibration=images, error_compensation=False, **QUICK)  # as the message says
 
 
-def test_a_model_that_is_quantised_already(model, images):
+def test_a_model_that_is_quantized_already(model, images):
     model.quantize(bits=4)
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         model.quantize(bits=4, calibration=images)
 
 

@@ -37,17 +37,17 @@ def test_every_kind_of_data_gives_the_same_batches(images):
         "batches": [{"pixel_values": batch} for batch in images.split(4)],
         "generator": (batch for batch in images.split(4)),
     }
-    labelled = {
-        "labelled examples": Examples(images, labels),
-        "labelled loader": DataLoader(Examples(images, labels), batch_size=4),
+    labeled = {
+        "labeled examples": Examples(images, labels),
+        "labeled loader": DataLoader(Examples(images, labels), batch_size=4),
         "tuples": DataLoader(TensorDataset(images, labels), batch_size=4),
         "single tuples": TensorDataset(images, labels),
     }
-    for data in [*plain.values(), *labelled.values()]:
+    for data in [*plain.values(), *labeled.values()]:
         read = CalibrationData(data, batch_size=4)
         assert len(read) == 10 and [len(batch) for batch in read.batches] == [4, 4, 2]
         assert torch.equal(torch.cat(read.batches), images)
-        if data in labelled.values():
+        if data in labeled.values():
             assert torch.equal(torch.cat(read.labels), labels)
     assert CalibrationData(Examples(images), batch_size=4).labels == [None] * 3
 

@@ -1,4 +1,4 @@
-"""A checkpoint of quantisation-aware training loads back as what it was; inputs are quantised as they were trained."""
+"""A checkpoint of quantization-aware training loads back as what it was; inputs are quantized as they were trained."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What quantisation-aware training refuses, and that a refusal changes nothing."""
+"""What quantization-aware training refuses, and that a refusal changes nothing."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_a_model_prepared_already(make_model):
         make_model().prepare_qat().prepare_qat(bits=2)
 
 
-def test_a_quantised_model(make_model, batch):
+def test_a_quantized_model(make_model, batch):
     options = {"bits": 3, "granularity": "per_channel"}
     model = make_model().quantize(**options)
     with pytest.raises(ValueError, match="holds packed codes, which don't train: call model.dequantize"):
@@ -63,12 +63,12 @@ def test_bits_of_a_float_model_can_not_be_changed(make_model):
 
 
 def test_gradients_that_are_not_finite(make_model, batch):
-    """Named before the optimiser spoils the parameters."""
+    """Named before the optimizer spoils the parameters."""
     model = make_model().prepare_qat(bits=3)
     model(**batch).loss.backward()
     check_gradients(model, 7)
     model.classifier.weight.grad[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="gradients of classifier.weight and 0 other .* optimiser step 7: lower the"):
+    with pytest.raises(RuntimeError, match="gradients of classifier.weight and 0 other .* optimizer step 7: lower the"):
         check_gradients(model, 7)
 
 
@@ -80,7 +80,7 @@ def test_trainer_stops_before_it_spoils_the_model(make_model, batch, tmp_path):
     model = make_model("deploy").prepare_qat(bits=3, codebook_update="gradient")
     images = [{name: tensor[index] for name, tensor in batch.items()} for index in range(16)]
     trainer = Trainer(model, arguments, train_dataset=images, callbacks=[QATCallback()])
-    with pytest.raises(RuntimeError, match="are NaN or infinite in optimiser step [2-6]"):
+    with pytest.raises(RuntimeError, match="are NaN or infinite in optimizer step [2-6]"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
@@ -105,7 +105,7 @@ def test_nothing_changes_when_it_fails(form, make_model):
 def test_arguments_after_training(make_model):
     model = make_model().prepare_qat(bits=3)
     for arguments in ({"bits": 3}, {"method": "cluster"}, {"granularity": "per_channel"}):
-        with pytest.raises(ValueError, match="prepared for QAT, which fixed how it is quantised: call quantize"):
+        with pytest.raises(ValueError, match="prepared for QAT, which fixed how it is quantized: call quantize"):
             model.quantize(**arguments)
 
 
@@ -124,7 +124,7 @@ def test_fusing_would_lose_the_codebooks(make_model):
         make_model().prepare_qat().reparameterize()
 
 
-def test_repr_says_what_a_fake_quantiser_holds(make_model):
+def test_repr_says_what_a_fake_quantizer_holds(make_model):
     model = make_model().prepare_qat(bits=3)
     assert repr(model.classifier.weight_fake_quant) == (
         "ClusterFakeQuantize(codebooks=[1, 8], channel_scale, kmeans, momentum=0.9)"

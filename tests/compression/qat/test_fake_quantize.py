@@ -1,4 +1,4 @@
-"""Fake quantisers against formulas, torch's own learnable fake quantisation and brute force."""
+"""Fake quantizers against formulas, torch's own learnable fake quantization and brute force."""
 
 import copy
 
@@ -211,7 +211,7 @@ def test_symmetry_and_zero_are_kept(options, update, generator):
 
 
 @pytest.mark.parametrize("method", ["cluster", "uniform"])
-def test_blending_goes_from_the_kernel_to_its_quantised_value(method, generator):
+def test_blending_goes_from_the_kernel_to_its_quantized_value(method, generator):
     kernel = torch.randn(8, 4, 3, 3, generator=generator)
     weight = quantize_weight(kernel, 2, 1, ClusterConfig(method=method, bits=2))
     make = {"cluster": ClusterFakeQuantize, "uniform": UniformFakeQuantize}[method]
@@ -278,7 +278,7 @@ def test_learned_steps_are_lsq(symmetric, channel_scale, bits, generator):
 
 
 def test_learned_input_scale_is_that_of_torch(generator):
-    """torch's learnable fake quantisation has LSQ's gradients too; `grad_factor` is given to it."""
+    """torch's learnable fake quantization has LSQ's gradients too; `grad_factor` is given to it."""
     x = torch.randn(3, 4, 5, 5, generator=generator)
     layer = InputFakeQuantize(4, 0.2, 6)
     direction = torch.randn(x.shape, generator=generator)

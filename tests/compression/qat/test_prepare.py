@@ -1,4 +1,4 @@
-"""Quantisation-aware training: what is trained is what is shipped."""
+"""Quantization-aware training: what is trained is what is shipped."""
 
 import copy
 import os
@@ -74,7 +74,7 @@ def test_quantize_changes_nothing(options, form, make_model, batch, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
-def test_it_starts_where_post_training_quantisation_ends(form, make_model, batch):
+def test_it_starts_where_post_training_quantization_ends(form, make_model, batch):
     quantized = make_model(form).quantize(bits=3)
     assert torch.equal(logits(make_model(form).prepare_qat(bits=3), batch), logits(quantized, batch))
 
@@ -113,7 +113,7 @@ def test_one_convolution_a_block(make_model, batch):
 
 
 @pytest.mark.parametrize("threshold", [None, 2.0], ids=["bn", "oabn"])
-def test_the_gradient_is_that_of_the_convolution_with_the_quantised_kernel(threshold, randomize_batch_norms, generator):
+def test_the_gradient_is_that_of_the_convolution_with_the_quantized_kernel(threshold, randomize_batch_norms, generator):
     block = ReparamConv2d(8, 8, groups=2, oabn_threshold=threshold)
     randomize_batch_norms(block, generator)
     config = ClusterConfig(bits=2)
@@ -260,7 +260,7 @@ class Images(Dataset):
 
 
 def test_trainer(make_model, batch, tmp_path, monkeypatch):
-    """The callback runs once per optimiser step, a checkpoint resumes exactly, and the result is what was evaluated."""
+    """The callback runs once per optimizer step, a checkpoint resumes exactly, and the result is what was evaluated."""
 
     def trainer(model):
         arguments = TrainingArguments(

@@ -1,4 +1,4 @@
-"""The study of post-training quantisation."""
+"""The study of post-training quantization."""
 
 import json
 from pathlib import Path

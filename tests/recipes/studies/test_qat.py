@@ -1,4 +1,4 @@
-"""The study of quantisation-aware training."""
+"""The study of quantization-aware training."""
 
 import json
 from pathlib import Path

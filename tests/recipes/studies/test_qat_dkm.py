@@ -10,7 +10,7 @@ def options(checkpoint, folder) -> list:
     return chosen + ["--image_column_name", "image", "--augmentation", "crop", "--max_eval_samples", 32]
 
 
-def test_it_trains_and_palettises(digits_checkpoint, run_study, tmp_path):
+def test_it_trains_and_palettizes(digits_checkpoint, run_study, tmp_path):
     pytest.importorskip("coremltools", reason="the peer needs the extra 'peers'")
     figures = tmp_path / "study.json"
     study = ["--models", f"tiny/7={digits_checkpoint}", "--dataset_name", "digits", "--image_column_name", "image"]
