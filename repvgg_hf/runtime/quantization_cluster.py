@@ -1,6 +1,9 @@
 """The configuration of cluster-quantized models, and the quantizer that loads them with `from_pretrained`."""
 
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from transformers.quantizers import HfQuantizer
@@ -9,107 +12,109 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoints import check_checkpoint, tensors_checksum
 from .cluster_layers import CODEBOOK_DTYPES, ClusterConv2d, ClusterLayer, ClusterLinear
+from .options import suggest_options
+from .quantization_methods import METHODS, QuantizationMethod
 
 FORMAT_VERSION = 1
 _CHOICES = {
-    "method": ("cluster", "uniform"),
+    "method": tuple(METHODS),
     "granularity": ("per_tensor", "per_channel", "per_group"),
     "codebook_dtype": tuple(CODEBOOK_DTYPES),
-    "range_method": ("minmax", "mse"),
     "decode": ("at_load", "on_the_fly"),
 }
+_METHOD_OPTIONS = {option: method.name for method in METHODS.values() for option in method.options}
 
 
-class ClusterConfig(QuantizationConfigMixin):
-    """How a model's weights are quantized; stored as `quantization_config` in `config.json`.
+class ClusterOptions(TypedDict, total=False):
+    """The keyword arguments of `quantize` and `prepare_qat`: the fields of [`ClusterConfig`], which explains them."""
 
-    Args:
-        bits: bits of a weight's code, 1 to 8.
-        method: `"cluster"` (k-means codebooks) or `"uniform"` (evenly spaced ones, the usual integer quantization).
-        granularity: which weights share a codebook: `"per_tensor"`, `"per_channel"` (of the output) or `"per_group"`
-            (of `group_size` consecutive output channels).
-        group_size: output channels that share a codebook, for `"per_group"` only; divides every layer's channels.
-        channel_scale: fit a float32 scale for each output channel. `None` takes the default of the method and
-            granularity: on for clusters per tensor, where it costs 0.01 to 0.04 bit a weight, or for an int8 codebook.
-        codebook_dtype: `"float16"`, `"float32"` or `"int8"`. With `"int8"` (needs `channel_scale`) the decoded weight
-            is an int8 weight with a symmetric scale a channel, as integer engines use it.
-        bits_overrides: other bits for some layers, such as `{"classifier": 8, "embeddings": 8}`. A key is a module's
-            name or a parent's, the base model's prefix may be left out; the longest matching key wins.
-        modules_to_not_convert: modules, named likewise, that stay float.
-        symmetric: for `"uniform"` (the default there) a grid with an exact zero and as many steps to both sides, else
-            one from minimum to maximum. For `"cluster"` every entry has its negative.
-        preserve_zero: one entry of every codebook is exactly zero, as in a symmetric uniform grid: pruned weights stay
-            pruned. A symmetric codebook of `"cluster"` then holds zero twice, and takes at least 2 bits.
-        range_method: for `"uniform"`: a grid over the whole range (`"minmax"`) or with the least squared error
-            (`"mse"`).
-        decode: `"at_load"` decodes each weight once, when it is first used, and keeps the codes beside it;
-            `"on_the_fly"` keeps only the codes and decodes in every forward pass.
-        activation_bits: 2 to 8 also rounds the input of every converted layer, to integers with a fixed scale and
-            zero point for the whole tensor, which `quantize()` finds on `calibration` data. `None`: weights only.
-        format_version: of the tensors on disk; this version of the package reads and writes 1.
-        checksum: of all tensors of the checkpoint, written by `save_pretrained` and checked by `from_pretrained`.
+    granularity: str
+    group_size: int | None
+    channel_scale: bool | None
+    codebook_dtype: str
+    bits_overrides: dict[str, int] | None
+    modules_to_not_convert: list[str] | None
+    symmetric: bool | None
+    range_method: str | None
+    decode: str
+    activation_bits: int | None
 
-    Raises `ValueError` (or `TypeError` for an unknown key) that names the argument and what it accepts.
-    """
 
-    def __init__(
-        self,
-        bits: int = 4,
-        method: str = "cluster",
-        granularity: str = "per_tensor",
-        group_size: int | None = None,
-        channel_scale: bool | None = None,
-        codebook_dtype: str = "float16",
-        bits_overrides: dict[str, int] | None = None,
-        modules_to_not_convert: list[str] | None = None,
-        symmetric: bool | None = None,
-        preserve_zero: bool = False,
-        range_method: str = "mse",
-        decode: str = "at_load",
-        activation_bits: int | None = None,
-        format_version: int = FORMAT_VERSION,
-        checksum: str | None = None,
-        quant_method: str = "cluster",
-        **unknown,
-    ):
-        # first: what a later format adds is unknown here
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"quantization_config has format_version {format_version!r}, this version of repvgg_hf reads "
-                f"{FORMAT_VERSION}: upgrade with `pip install -U repvgg-hf`, or quantize the float model again."
-            )
-        if unknown:
-            raise TypeError(
-                f"Unknown quantization option {', '.join(map(repr, unknown))}: ClusterConfig takes "
-                "bits, method, granularity, group_size, channel_scale, codebook_dtype, bits_overrides, "
-                "modules_to_not_convert, symmetric, preserve_zero, range_method, decode and activation_bits."
-            )
-        self.quant_method = quant_method
-        self.bits = bits
-        self.method = method
-        self.granularity = granularity
-        self.group_size = group_size
-        if channel_scale is None:
-            channel_scale = codebook_dtype == "int8" or (method == "cluster" and granularity == "per_tensor")
-        self.channel_scale = channel_scale
-        self.codebook_dtype = codebook_dtype
-        self.bits_overrides = dict(bits_overrides or {})
-        self.modules_to_not_convert = list(modules_to_not_convert or [])
-        self.symmetric = method == "uniform" if symmetric is None else symmetric
-        self.preserve_zero = preserve_zero
-        self.range_method = range_method
-        self.decode = decode
-        self.activation_bits = activation_bits
-        self.format_version = format_version
-        self.checksum = checksum
-        self._validate()
+@dataclass(repr=False)
+class QuantizationOptions:
+    """What a user chooses of a [`ClusterConfig`]; recipes take it as command-line options."""
 
-    def _validate(self):
-        if self.quant_method != "cluster":
-            raise ValueError(f"quant_method must be 'cluster', got {self.quant_method!r}.")
+    bits: int = field(default=4, metadata={"help": "Bits of a weight's code, 1 to 8."})
+    method: str = field(
+        default="cluster", metadata={"help": "How codebooks are chosen: cluster (k-means) or uniform (evenly spaced)."}
+    )
+    granularity: str = field(
+        default="per_tensor",
+        metadata={"help": "Which weights share a codebook: per_tensor, per_channel (of the output) or per_group."},
+    )
+    group_size: int | None = field(
+        default=None, metadata={"help": "Output channels that share a codebook, with --granularity per_group."}
+    )
+    channel_scale: bool | None = field(
+        default=None,
+        metadata={"help": "Fit a scale for each output channel; by default where it costs next to nothing."},
+    )
+    codebook_dtype: str = field(
+        default="float16",
+        metadata={"help": "How codebooks are stored: float16, float32 or int8 (for integer engines)."},
+    )
+    bits_overrides: dict[str, int] | str | None = field(
+        default=None, metadata={"help": "Other bits for some modules, as JSON, such as '{\"classifier\": 8}'."}
+    )
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata={"help": "Modules that stay float, such as classifier."}
+    )
+    symmetric: bool | None = field(
+        default=None,
+        metadata={"help": "For --method uniform: a grid with as many steps below zero as above (default)."},
+    )
+    range_method: str | None = field(
+        default=None,
+        metadata={"help": "For --method uniform: the grid with the least squared error, mse (default), or minmax."},
+    )
+    decode: str = field(
+        default="at_load",
+        metadata={"help": "When a loaded model decodes its weights: at_load (once) or on_the_fly (in each forward)."},
+    )
+    activation_bits: int | None = field(
+        default=None, metadata={"help": "Bits of every quantized layer's input, 2 to 8; none for weights only."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.bits_overrides, str):
+            self.bits_overrides = _parse_overrides(self.bits_overrides)
+        self.bits_overrides = dict(self.bits_overrides or {})
+        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        self._resolve_method_options()
+        self._validate()
+
+    @property
+    def quantization_method(self) -> QuantizationMethod:
+        """The object that chooses the codebooks."""
+        return METHODS[self.method]
+
+    def _resolve_method_options(self) -> None:
+        """Give options that depend on the method their defaults, and refuse those of another one."""
+        for option, owner in _METHOD_OPTIONS.items():
+            if owner == self.method and getattr(self, option) is None:
+                setattr(self, option, self.quantization_method.options[option])
+            elif owner != self.method and getattr(self, option) is not None:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} is an option of method={owner!r}, not of {self.method!r}: "
+                    "leave it out, or choose that method."
+                )
+        if self.channel_scale is None:
+            self.channel_scale = self.quantization_method.default_channel_scale(self)
+
+    def _validate(self) -> None:
         overrides = {f"bits_overrides[{key!r}]": bits for key, bits in self.bits_overrides.items()}
         for name, bits in {"bits": self.bits, **overrides}.items():
             if type(bits) is not int or not 1 <= bits <= 8:
@@ -120,9 +125,8 @@ class ClusterConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"activation_bits must be None (weights only) or an integer from 2 to 8, got {self.activation_bits!r}."
             )
-        for name in ("channel_scale", "symmetric", "preserve_zero"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not isinstance(self.channel_scale, bool):
+            raise ValueError(f"channel_scale must be True or False, got {self.channel_scale!r}.")
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise ValueError(
                 f"granularity={self.granularity!r} and group_size={self.group_size!r} don't fit: give group_size (the "
@@ -132,27 +136,86 @@ class ClusterConfig(QuantizationConfigMixin):
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}.")
         if self.codebook_dtype == "int8" and not self.channel_scale:
             raise ValueError("codebook_dtype='int8' holds integers only: set channel_scale=True to give them a scale.")
-        if self.method == "uniform" and self.channel_scale and not self.symmetric:
-            raise ValueError(
-                "A uniform grid with channel_scale has no offset: set symmetric=True or channel_scale=False"
-            )
-        if self.method == "uniform" and self.preserve_zero and not self.symmetric:
-            raise ValueError("An affine uniform grid has no exact zero: set symmetric=True or preserve_zero=False.")
+        self.quantization_method.validate(self)
+
+
+@suggest_options
+@dataclass(repr=False)
+class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
+    """How a model's weights are quantized; stored as `quantization_config` in `config.json`.
+
+    A weight is stored as a *code* of a few bits, which selects an entry of a *codebook*: a short table of values. A
+    *group* is a run of output channels that share a codebook, and a *channel scale* is one more factor for each output
+    channel: `weight[o] = scale[o] * codebook[group(o)][code[o]]`.
+
+    Args:
+        bits: bits of a weight's code, 1 to 8.
+        method: `"cluster"` (k-means codebooks) or `"uniform"` (evenly spaced ones, the usual integer quantization).
+        granularity: which weights share a codebook: `"per_tensor"`, `"per_channel"` (of the output) or `"per_group"`
+            (of `group_size` consecutive output channels).
+        group_size: output channels that share a codebook, for `"per_group"` only; divides every layer's channels.
+        channel_scale: fit a float32 scale for each output channel. `None` takes the default of the method and
+            granularity: on for clusters per tensor, where it costs 0.01 to 0.04 bits per weight, for symmetric uniform
+            grids per channel, which are one table of integers times that scale, and for an int8 codebook.
+        codebook_dtype: `"float16"`, `"float32"` or `"int8"`. With `"int8"` (needs `channel_scale`) the decoded weight
+            is an int8 weight with a symmetric scale per channel, as integer engines use it.
+        bits_overrides: other bits for some layers, such as `{"classifier": 8, "embeddings": 8}`. A key is a module's
+            name or a parent's, in which the first component (the base model's) may be left out; the longest matching
+            key wins. JSON text is accepted too.
+        modules_to_not_convert: modules, named likewise, that stay float.
+        symmetric: for `"uniform"` only: a grid with an exact zero and as many steps to both sides (the default), or
+            one from minimum to maximum.
+        range_method: for `"uniform"` only: a grid with the least squared error (`"mse"`, the default) or over the whole
+            range (`"minmax"`).
+        decode: `"at_load"` decodes each weight once, when it is first used, and keeps the codes beside it;
+            `"on_the_fly"` keeps only the codes and decodes in every forward pass.
+        activation_bits: 2 to 8 also rounds the input of every converted layer, to integers with a fixed scale and
+            zero point for the whole tensor, which `quantize()` finds on `calibration` data. `None`: weights only.
+        format_version: of the tensors on disk; this version of the package reads and writes 1.
+        checksum: of all tensors of the checkpoint, written by `save_pretrained` and checked by `from_pretrained`.
+        quant_method: how Transformers finds this class: `"cluster"`.
+
+    Raises `ValueError` (or `TypeError` for an unknown key) that names the argument and what it accepts.
+
+    Example:
+    ```python
+    >>> from repvgg_hf import ClusterConfig
+
+    >>> config = ClusterConfig(bits=3, bits_overrides={"classifier": 8})
+    >>> config.bits_of("classifier"), config.bits_of("repvgg.encoder.stages.0.layers.0.conv")
+    (8, 3)
+    ```"""
+
+    format_version: int = field(default=FORMAT_VERSION, kw_only=True)
+    checksum: str | None = field(default=None, kw_only=True)
+    quant_method: str = field(default="cluster", kw_only=True)
+
+    def __post_init__(self):
+        if self.quant_method != "cluster":
+            raise ValueError(f"quant_method must be 'cluster', got {self.quant_method!r}.")
+        _check_format(self.format_version)
+        super().__post_init__()
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """The configuration in `config_dict`, of which what a later format adds is no unknown option."""
+        _check_format(config_dict.get("format_version", FORMAT_VERSION))
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def bits_of(self, name: str) -> int:
         """The bits of the layer called `name`."""
-        matches = {
-            key.removeprefix("repvgg."): bits for key, bits in self.bits_overrides.items() if _is_within(name, key)
-        }
-        return matches[max(matches, key=len)] if matches else self.bits
+        depths = {key: _match(name, key) for key in self.bits_overrides}
+        key = max(depths, key=depths.get, default=None)
+        return self.bits_overrides[key] if key is not None and depths[key] else self.bits
 
     def converts(self, name: str) -> bool:
         """Whether the layer called `name` is quantized."""
-        return not any(_is_within(name, key) for key in self.modules_to_not_convert)
+        return not any(_match(name, key) for key in self.modules_to_not_convert)
 
     def groups_of(self, name: str, out_channels: int) -> int:
         """How many codebooks the layer called `name` has. Raises `ValueError` if `group_size` does not divide it."""
-        if self.granularity == "per_tensor":
+        shared = self.granularity == "per_channel" and self.quantization_method.shares_codebook(self)
+        if self.granularity == "per_tensor" or shared:
             return 1
         size = 1 if self.granularity == "per_channel" else self.group_size
         if out_channels % size:
@@ -166,17 +229,43 @@ class ClusterConfig(QuantizationConfigMixin):
         """Raise `ValueError` if a key of `bits_overrides` or `modules_to_not_convert` matches none of `names`."""
         for field in ("bits_overrides", "modules_to_not_convert"):
             for key in getattr(self, field):
-                if not any(_is_within(name, key) for name in names):
+                if not any(_match(name, key) for name in names):
                     raise ValueError(
                         f"{field} names {key!r}, which is no convolution or linear layer of this model, nor the "
                         f"parent of one. Its layers: {', '.join(names)}."
                     )
 
 
-def _is_within(name: str, key: str) -> bool:
-    """Whether the layer `name` is `key` or inside it, whether or not they start with the base model's prefix."""
-    name, key = name.removeprefix("repvgg."), key.removeprefix("repvgg.")
-    return name == key or name.startswith(key + ".")
+def _match(name: str, key: str) -> int:
+    """How many components of the layer `name` the `key` of it or of a parent covers; 0 if it is neither.
+
+    The first component, which is the base model's in a model with a head, may be missing from the key, and a key that
+    has it covers a layer of a base model.
+    """
+    layer, parts = name.split("."), key.split(".")
+    for skipped, left_out in ((0, 0), (1, 0), (0, 1)):
+        wanted = parts[left_out:]
+        if wanted and layer[skipped : skipped + len(wanted)] == wanted:
+            return skipped + len(wanted)
+    return 0
+
+
+def _parse_overrides(text: str) -> dict[str, int]:
+    try:
+        overrides = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"bits_overrides is no JSON ({error}): give text such as '{{\"classifier\": 8}}'.") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"bits_overrides must be an object of bits by module, got {text!r}.")
+    return overrides
+
+
+def _check_format(version) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"quantization_config has format_version {version!r}, this version of repvgg_hf reads {FORMAT_VERSION}: "
+            "upgrade with `pip install -U repvgg-hf`, or quantize the float model again."
+        )
 
 
 class ClusterQuantizer(HfQuantizer):
@@ -251,4 +340,12 @@ class ClusterQuantizer(HfQuantizer):
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("cluster", ClusterConfig)
 AUTO_QUANTIZER_MAPPING.setdefault("cluster", ClusterQuantizer)
 
-__all__ = ["ClusterConfig", "ClusterConv2d", "ClusterLayer", "ClusterLinear", "ClusterQuantizer"]
+__all__ = [
+    "ClusterConfig",
+    "ClusterOptions",
+    "ClusterConv2d",
+    "ClusterLayer",
+    "ClusterLinear",
+    "ClusterQuantizer",
+    "QuantizationOptions",
+]

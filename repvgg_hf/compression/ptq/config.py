@@ -1,0 +1,77 @@
+"""How calibration data is used."""
+
+from dataclasses import dataclass, field
+
+from ...runtime.options import suggest_options
+
+SENSITIVITIES = ("none", "fisher")
+ACTIVATION_RANGES = ("minmax", "mse")
+
+
+@suggest_options
+@dataclass
+class CalibrationConfig:
+    """How `quantize(calibration=..., calibration_config=...)` uses its images; recipes take it as options.
+
+    Args:
+        calibration_batch_size: images per batch, if the data holds single examples.
+        sensitivity: how much the error of each weight counts in clustering: `"none"` (all alike), or `"fisher"`, the
+            squared gradient of the loss (SqueezeLLM, arXiv 2306.07629). Error compensation starts from there and makes
+            up for it, so that it is of use mostly without that.
+        error_compensation: choose codes and codebooks for the error of the layer's output (GPTQ with a codebook, arXiv
+            2210.17323), not for that of its weight.
+        bias_correction: move biases so that every layer's mean output is the float model's (arXiv 1906.04721).
+        target_bits_per_weight: choose each layer's bits so that the whole model stores this many on average, codebooks
+            and scales included; `bits` is then only the default for what comes later. `None` for the same bits in all.
+        activation_range: with `activation_bits`, the range of a layer's input: the one with the least squared error
+            (`"mse"`), or from the least to the largest value seen (`"minmax"`).
+        damping: added to the diagonal of the inputs' second moments, as a share of its mean (GPTQ's term).
+        activation_memory: GiB of memory for what a block puts out for all images, in both models; what is more goes to
+            a temporary folder, which changes nothing but the time.
+
+    Raises `ValueError` that names the argument and what it accepts, `TypeError` for an unknown one.
+    """
+
+    calibration_batch_size: int = field(default=64, metadata={"help": "Calibration images per batch."})
+    sensitivity: str = field(
+        default="none", metadata={"help": "What a weight's error counts in clustering: none (all alike) or fisher."}
+    )
+    error_compensation: bool = field(
+        default=True, metadata={"help": "Choose codes for the error of a layer's output: GPTQ with a codebook."}
+    )
+    bias_correction: bool = field(
+        default=True, metadata={"help": "Move biases so that each layer's mean output is the float model's."}
+    )
+    target_bits_per_weight: float | None = field(
+        default=None, metadata={"help": "Choose each layer's bits so that the model stores this many on average."}
+    )
+    activation_range: str = field(
+        default="mse", metadata={"help": "Range of a layer's quantized input: mse (least squared error) or minmax."}
+    )
+    damping: float = field(
+        default=0.01, metadata={"help": "Share of the mean added to the diagonal of the inputs' second moments (GPTQ)."}
+    )
+    activation_memory: float = field(
+        default=4.0, metadata={"help": "GiB of memory for activations in calibration; what is more goes to disk."}
+    )
+
+    def __post_init__(self):
+        for name, choices in {"sensitivity": SENSITIVITIES, "activation_range": ACTIVATION_RANGES}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("error_compensation", "bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if type(self.calibration_batch_size) is not int or self.calibration_batch_size < 1:
+            raise ValueError(
+                f"calibration_batch_size must be an integer of at least 1, got {self.calibration_batch_size!r}."
+            )
+        if not isinstance(self.damping, (int, float)) or not self.damping > 0:
+            raise ValueError(f"damping must be a positive number, got {self.damping!r}.")
+        if not isinstance(self.activation_memory, (int, float)) or not self.activation_memory >= 0:
+            raise ValueError(f"activation_memory must be a number of GiB, at least 0, got {self.activation_memory!r}.")
+        target = self.target_bits_per_weight
+        if target is not None and not (isinstance(target, (int, float)) and 1 <= target <= 8):
+            raise ValueError(
+                f"target_bits_per_weight must be from 1 to 8, got {target!r}: a code has at least one bit."
+            )

@@ -1,0 +1,33 @@
+"""Option dataclasses whose errors name the option that was meant."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable
+
+
+def unknown_option(name: str, known: Iterable[str], where: str) -> str:
+    """The message for an option `name` that `where` does not have: what it may have been meant to be."""
+    known = sorted(known)
+    similar = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {', '.join(known)}."
+    return f"{where} has no option {name!r}: {hint}"
+
+
+def suggest_options(cls):
+    """Class decorator for dataclasses: an unknown keyword argument raises a `TypeError` with a suggestion."""
+    accept = cls.__init__
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+
+    @functools.wraps(accept)
+    def __init__(self, *args, **kwargs):
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(unknown_option(name, known, cls.__name__))
+        accept(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+__all__ = ["suggest_options", "unknown_option"]

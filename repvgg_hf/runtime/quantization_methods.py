@@ -1,0 +1,80 @@
+"""The methods that choose codebooks: each is one object with all that distinguishes it from the others.
+
+Loading and running a quantized model needs none of their functions, so these are set by the package's `compression`,
+in one place, and this file can be copied into a Hub repository without it.
+"""
+
+from collections.abc import Callable
+
+
+class QuantizationMethod:
+    """A way to choose codebooks.
+
+    Attributes:
+        name: value of `ClusterConfig.method`.
+        title: what its codebooks are called in cards and tables.
+        options: fields of `ClusterConfig` that only this method has, with their defaults.
+        fit: `fit(rows, k, groups, config, importance) -> (codebook, scale)`, for the least weight error; see
+            `compression/codebooks/weights.py`.
+        refit: `refit(problem, weight, config) -> weight`, for the least output error with given codes; see
+            `compression/ptq/gptq.py`.
+        fake_quantizer: `fake_quantizer(weight, config, qat_config) -> module`, which quantizes a kernel that trains;
+            see `compression/qat/fake_quantize.py`.
+    """
+
+    name: str
+    title: str
+    options: dict[str, object] = {}
+    fit: Callable | None = None
+    refit: Callable | None = None
+    fake_quantizer: Callable | None = None
+
+    def default_channel_scale(self, config) -> bool:
+        """Whether each output channel gets a scale if `config.channel_scale` is `None`."""
+        raise NotImplementedError
+
+    def shares_codebook(self, config) -> bool:
+        """Whether channels with a codebook each all have the same one, so that it is stored once."""
+        return False
+
+    def validate(self, config) -> None:
+        """Raise `ValueError` for options of `config` that don't fit this method."""
+
+
+class ClusterMethod(QuantizationMethod):
+    """Codebooks by one-dimensional k-means."""
+
+    name, title = "cluster", "k-means codebooks"
+
+    def default_channel_scale(self, config) -> bool:
+        # with one codebook for a tensor it costs 0.01 to 0.04 bits per weight
+        return config.codebook_dtype == "int8" or config.granularity == "per_tensor"
+
+
+class UniformMethod(QuantizationMethod):
+    """Evenly spaced codebooks: the usual integer quantization."""
+
+    name, title = "uniform", "evenly spaced codebooks"
+    options = {"symmetric": True, "range_method": "mse"}
+
+    def default_channel_scale(self, config) -> bool:
+        # a symmetric grid for a channel is integers times a step
+        return config.codebook_dtype == "int8" or (config.granularity == "per_channel" and config.symmetric)
+
+    def shares_codebook(self, config) -> bool:
+        return config.channel_scale
+
+    def validate(self, config) -> None:
+        if not isinstance(config.symmetric, bool):
+            raise ValueError(f"symmetric must be True or False, got {config.symmetric!r}.")
+        if config.range_method not in ("minmax", "mse"):
+            raise ValueError(f"range_method must be one of minmax, mse, got {config.range_method!r}.")
+        if config.channel_scale and not config.symmetric:
+            raise ValueError(
+                "A uniform grid with channel_scale has no offset: set symmetric=True or channel_scale=False."
+            )
+
+
+METHODS: dict[str, QuantizationMethod] = {method.name: method for method in (ClusterMethod(), UniformMethod())}
+
+__all__ = ["METHODS", "QuantizationMethod"]
