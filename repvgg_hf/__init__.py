@@ -14,11 +14,14 @@ __version__ = "0.1.0"
 
 # public name: module that defines it, imported on first use
 _LAZY = {
+    "CalibrationConfig": ".compression",
     "ClusterConfig": ".runtime.quantization_cluster",
-    "ClusterConv2d": ".runtime.quantization_cluster",
-    "ClusterLinear": ".runtime.quantization_cluster",
+    "ClusterConv2d": ".runtime.cluster_layers",
+    "ClusterLinear": ".runtime.cluster_layers",
     "ClusterQuantizer": ".runtime.quantization_cluster",
+    "Distillation": ".compression",
     "QATCallback": ".compression",
+    "QATConfig": ".compression",
     "RepVGGBackbone": ".runtime.modeling_repvgg",
     "RepVGGForImageClassification": ".runtime.modeling_repvgg",
     "RepVGGModel": ".runtime.modeling_repvgg",
@@ -30,32 +33,26 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from .analysis import kernel_report
-    from .compression import QATCallback, update_codebooks
+    from .compression import CalibrationConfig, Distillation, QATCallback, QATConfig, update_codebooks
+    from .runtime.cluster_layers import ClusterConv2d, ClusterLinear
     from .runtime.modeling_repvgg import (
         RepVGGBackbone,
         RepVGGForImageClassification,
         RepVGGModel,
         RepVGGPreTrainedModel,
     )
-    from .runtime.quantization_cluster import ClusterConfig, ClusterConv2d, ClusterLinear, ClusterQuantizer
+    from .runtime.quantization_cluster import ClusterConfig, ClusterQuantizer
     from .runtime.reparameterization import ReparamConv2d
 
 
 def _register_models():
-    from transformers import (
-        AutoBackbone,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageClassification,
-        BitImageProcessor,
-        BitImageProcessorPil,
-    )
+    import transformers
+    from transformers import AutoImageProcessor, BitImageProcessor, BitImageProcessorPil
 
-    from .runtime import modeling_repvgg as modeling
+    from .runtime.modeling_repvgg import AUTO_CLASSES
 
-    AutoModel.register(RepVGGConfig, modeling.RepVGGModel)
-    AutoModelForImageClassification.register(RepVGGConfig, modeling.RepVGGForImageClassification)
-    AutoBackbone.register(RepVGGConfig, modeling.RepVGGBackbone)
+    for auto_class, model_class in AUTO_CLASSES.items():
+        getattr(transformers, auto_class).register(RepVGGConfig, model_class)
     AutoImageProcessor.register(
         RepVGGConfig, image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil}
     )
@@ -76,11 +73,14 @@ def __dir__():
 
 
 __all__ = [
+    "CalibrationConfig",
     "ClusterConfig",
     "ClusterConv2d",
     "ClusterLinear",
     "ClusterQuantizer",
+    "Distillation",
     "QATCallback",
+    "QATConfig",
     "RepVGGBackbone",
     "RepVGGConfig",
     "RepVGGForImageClassification",

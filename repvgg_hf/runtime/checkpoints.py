@@ -1,4 +1,8 @@
-"""Checkpoints: what is checked before and after loading one, its checksum, and replacing its files at once."""
+"""The files of a checkpoint: which they are, what is checked around loading, their checksum, and how they are replaced.
+
+The checksum guards against damage: a truncated or mixed-up download. It is no protection from an adversary, who could
+write another one.
+"""
 
 import json
 import mmap
@@ -10,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from .cluster_layers import ClusterLayer
 
@@ -26,7 +31,10 @@ def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
 
     `missing` and `unexpected` are the model's keys that the checkpoint lacks and the reverse.
     """
-    if any(".weight_fake_quant." in key for key in unexpected):
+    # fake quantizers alone may be those of a head that this model doesn't have: then its weight is unexpected, too
+    plain = [key for key in unexpected if "_fake_quant." not in key]
+    prepared = {key.partition(".weight_fake_quant.")[0] for key in unexpected if ".weight_fake_quant." in key}
+    if any(not any(key.startswith(f"{layer}.") for key in plain) for layer in prepared):
         raise ValueError(
             "This is a checkpoint of quantization-aware training: build the model, call prepare_qat() with the "
             "options it was trained with, then load_state_dict(); or load the result of quantize() instead."
@@ -60,7 +68,7 @@ def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
 
 @dataclass
 class StoredTensor:
-    """What a file says of a tensor, and the CRC-32 of its bytes."""
+    """The dtype and shape that a file states for a tensor, and the CRC-32 of its bytes."""
 
     dtype: torch.dtype | str
     shape: list[int]
@@ -68,7 +76,7 @@ class StoredTensor:
 
 
 def read_tensors(files: list[str]) -> dict[str, StoredTensor]:
-    """Every tensor in some safetensors files, by name; read without making tensors of them, which takes twice as long.
+    """Describe every tensor in some safetensors files, by name, without making tensors: that takes twice as long.
 
     A file begins with the length of its header (8 bytes, little-endian), then the header in JSON, then the tensors'
     bytes. Raises `SafetensorError` for a damaged header.
@@ -92,13 +100,13 @@ def read_tensors(files: list[str]) -> dict[str, StoredTensor]:
 
 
 def checksum(crcs: dict[str, int]) -> str:
-    """CRC-32 over tensors' names and the CRC-32 of their bytes, whatever their order and the files they are in."""
+    """Return a CRC-32 over tensors' names and the CRC-32 of their bytes, whatever their order and files are."""
     lines = [f"{name} {crc:08x}" for name, crc in crcs.items()]
     return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
 
 
 def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The [`checksum`] of tensors in memory, with their names."""
+    """Return the [`checksum`] of tensors in memory, given with their names."""
     return checksum(
         {
             name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -107,19 +115,25 @@ def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     )
 
 
-def check_checkpoint(layers: dict[str, ClusterLayer], files: list[str], expected_checksum: str | None) -> None:
+def check_checkpoint(
+    layers: dict[str, ClusterLayer], files: list[str], expected_checksum: str | None, base_model_prefix: str
+) -> None:
     """Compare the tensors in safetensors `files` with those that cluster `layers` expect, before loading.
+
+    A file of a model with a head may be loaded into the base model and the reverse, so that names are compared without
+    `base_model_prefix`.
 
     Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents that
     don't fit the checksum.
     """
-    layers = {name.removeprefix("repvgg."): layer for name, layer in layers.items()}
+    prefix = f"{base_model_prefix}."
+    layers = {name.removeprefix(prefix): layer for name, layer in layers.items()}
     expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.stored().items()}
     where = ", ".join(map(str, files))
     tensors = read_tensors(files)
     strays = []  # float weights, or scales that quantization_config doesn't tell of
     for name, tensor in tensors.items():
-        layer, _, key = name.removeprefix("repvgg.").rpartition(".")
+        layer, _, key = name.removeprefix(prefix).rpartition(".")
         if layer in layers and f"{layer}.{key}" not in expected:
             strays.append(name)
         wanted = expected.pop(f"{layer}.{key}", tensor)
@@ -172,4 +186,76 @@ def replace_files(source: Path, target: Path) -> None:
         raise
 
 
-__all__ = ["check_checkpoint", "check_checkpoint_form", "replace_files", "tensors_checksum"]
+# of the arguments of `from_pretrained`: they choose other weights than config.json was published with
+_OTHER_WEIGHTS = ("variant", "state_dict", "gguf_file")
+# deleting the file alone is not enough: it is a link into the cache, which would be made again to the same contents
+AGAIN = "Download or save it again: from_pretrained(..., force_download=True) replaces what is in the cache."
+
+
+def weight_files(name, revision: str | None = None, cache_dir=None, subfolder: str = "", **others) -> list[str]:
+    """Return the paths of the safetensors files of a folder or, in the cache, of a Hub repository.
+
+    The arguments are those of `from_pretrained`. The list is empty if there are no such files.
+    """
+    name = str(name)
+
+    def find(file: str) -> str | None:
+        file = f"{subfolder}/{file}" if subfolder else file
+        if os.path.isdir(name):
+            path = os.path.join(name, file)
+            return path if os.path.isfile(path) else None
+        path = try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision)
+        return path if isinstance(path, str) else None  # the cache may know that there is no such file
+
+    whole = find("model.safetensors")
+    if whole is not None:
+        return [whole]
+    index = find("model.safetensors.index.json")
+    shards = set() if index is None else set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return [path for path in map(find, sorted(shards)) if path is not None]
+
+
+def weights_checksum(files: list[str]) -> str:
+    """Return the [`checksum`] of all tensors in some weight files."""
+    return checksum({name: tensor.crc for name, tensor in read_tensors(files).items()})
+
+
+def check_published_weights(name, config, arguments: dict) -> None:
+    """Raise `ValueError` unless the weight files are those that `config.weights_checksum`, if any, was made of.
+
+    `name` and the keyword `arguments` are those of `from_pretrained`.
+    """
+    if config.weights_checksum is None or any(arguments.get(other) for other in _OTHER_WEIGHTS):
+        return
+    commit = getattr(config, "_commit_hash", None)
+    files = weight_files(name, **(arguments | {"revision": commit} if commit else arguments))
+    if files and weights_checksum(files) != config.weights_checksum:
+        raise ValueError(
+            f"The tensors in {', '.join(files)} don't fit weights_checksum in config.json: a file is damaged or of "
+            f"another model. {AGAIN} If you changed the weights on purpose, remove weights_checksum from config.json."
+        )
+
+
+def unreadable_weights(name, error: SafetensorError, arguments: dict) -> str:
+    """Return the message about weights that can't be read: which file is broken, and the fix."""
+    broken = []
+    for file in weight_files(name, **arguments):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            broken.append(file)
+    where = ", ".join(broken) or f"a weight file of {name}"
+    return f"The weights of {name} can't be read ({error}): {where} is truncated or damaged. {AGAIN}"
+
+
+__all__ = [
+    "check_checkpoint",
+    "check_checkpoint_form",
+    "check_published_weights",
+    "replace_files",
+    "tensors_checksum",
+    "unreadable_weights",
+    "weight_files",
+    "weights_checksum",
+]

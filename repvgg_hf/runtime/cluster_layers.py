@@ -2,6 +2,10 @@
 
 W[o, ...] = scale[o] * codebook[group(o)][code[o, ...]]
 
+A *code* is a number of 1 to 8 bits, which selects an entry of a *codebook*: a table of `2**bits` values in ascending
+order. A *group* is a run of consecutive output channels that share a codebook: all of them, some, or one. The *channel
+scale*, if there is one, is a factor for each output channel.
+
 With activation bits the layer's input x is rounded to integers too, as ONNX QuantizeLinear and DequantizeLinear do:
 
 x_q = (clamp(round(x / input_scale) + input_zero_point, 0, 2**bits - 1) - input_zero_point) * input_scale
@@ -20,7 +24,7 @@ CODEBOOK_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": t
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
-    """`x` rounded to the unsigned integers of `bits` bits and back, computed in float32, in the dtype of `x`.
+    """Round `x` to the unsigned integers of `bits` bits and back, computed in float32, returned in the dtype of `x`.
 
     `scale` is a positive 0-dim float32 tensor, `zero_point` a 0-dim uint8 tensor. Halves are rounded to even. No
     gradient passes. PyTorch's own fake quantization multiplies by the reciprocal of the scale, which rounds otherwise.
@@ -31,7 +35,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is one, and no stand-in for one that `torch.export` or `torch.func` computes with."""
+    """Tell whether `tensor` is one, and no stand-in for one that `torch.export` or `torch.func` computes with."""
     try:
         tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):  # a wrapper of torch.func
@@ -40,17 +44,18 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 
 
 class ClusterLayer(nn.Module):
-    """A weight stored as packed codes, codebook and scale. Base of [`ClusterConv2d`] and [`ClusterLinear`].
+    """A layer whose weight is stored as packed codes, codebook and scale. Base of [`ClusterConv2d`], [`ClusterLinear`].
 
     Args:
-        layer: the float layer whose place it takes; only its shapes, bias, dtype and device are read.
-        bits: of a code.
-        groups: number of codebooks, divides the output channels.
-        channel_scale: whether there is a scale a channel.
-        codebook_dtype: `torch.float16`, `torch.float32` or `torch.int8`.
-        on_the_fly: decode in every forward pass instead of keeping the dense weight beside the codes.
-        activation_bits: of the layer's input, 2 to 8, or `None` to leave it as it is. The range is set by
-            [`set_input_range`] or loaded; until then the outputs are NaN.
+        layer (`nn.Module`): the float layer whose place it takes; only its shapes, bias, dtype and device are read.
+        bits (`int`): bits of a code, 1 to 8.
+        groups (`int`): number of codebooks, divides the output channels.
+        channel_scale (`bool`): whether there is a scale per output channel.
+        codebook_dtype (`torch.dtype`): `torch.float16`, `torch.float32` or `torch.int8`.
+        on_the_fly (`bool`, defaults to `False`): decode in every forward pass instead of keeping the dense weight
+            beside the codes.
+        activation_bits (`int`, *optional*): bits of the layer's input, 2 to 8, or `None` to leave it as it is. The
+            range is set by [`set_input_range`] or loaded; until then the outputs are NaN.
     """
 
     def __init__(
@@ -106,17 +111,17 @@ class ClusterLayer(nn.Module):
         self.input_zero_point.fill_(int(zero_point))
 
     def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors that a checkpoint has of this layer; a `state_dict` takes ten times as long to make."""
+        """Return the tensors that a checkpoint has of this layer; a `state_dict` takes ten times as long to make."""
         tensors = {**self._parameters, **self._buffers}
         tensors.pop("dense_weight", None)
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def codes(self) -> torch.Tensor:
-        """The codes, uint8, of the weight's shape."""
+        """Return the codes, uint8, of the weight's shape."""
         return unpack_codes(self.weight_codes, self.bits, self.weight_numel).view(self.weight_shape)
 
     def decoded(self) -> torch.Tensor:
-        """The weight, computed in float32 and returned in the layer's dtype; a kernel has its channels last."""
+        """Decode the weight, in float32, and return it in the layer's dtype; a kernel has its channels last."""
         weight = lookup_packed(self.weight_codes, self.weight_codebook.float(), self.bits, self.weight_numel)
         weight = weight.view(self.weight_shape)
         if weight.dim() == 4:
@@ -176,7 +181,7 @@ class ClusterLayer(nn.Module):
         return self
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` on the grid of the layer's input, or as it is without activation bits."""
+        """Round `x` to the grid of the layer's input; without activation bits it is returned as it is."""
         if self.activation_bits is None:
             return x
         return fake_quantize(x, self.input_scale, self.input_zero_point, self.activation_bits)
@@ -210,7 +215,7 @@ class ClusterLayer(nn.Module):
 
 
 class ClusterConv2d(ClusterLayer):
-    """An `nn.Conv2d` with a cluster-quantized weight."""
+    """An `nn.Conv2d` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
 
     def __init__(self, layer: nn.Conv2d, *args, **kwargs):
         super().__init__(layer, *args, **kwargs)
@@ -223,7 +228,7 @@ class ClusterConv2d(ClusterLayer):
 
 
 class ClusterLinear(ClusterLayer):
-    """An `nn.Linear` with a cluster-quantized weight."""
+    """An `nn.Linear` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantized_input(x), self.weight, self.bias)
@@ -233,13 +238,14 @@ LAYER_CLASSES = {nn.Conv2d: ClusterConv2d, nn.Linear: ClusterLinear}
 
 
 def cluster_layers(model: nn.Module) -> dict[str, ClusterLayer]:
-    """The cluster layers of `model`, by name."""
+    """Return the cluster layers of `model`, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ClusterLayer)}
 
 
 def replace_with_cluster_layers(model: nn.Module, config) -> dict[str, ClusterLayer]:
-    """Put an empty cluster layer in the place of every convolution and linear layer of a fused `model` that the
-    `ClusterConfig` converts; returns them by name.
+    """Put empty cluster layers in the place of those that `config`, a `ClusterConfig`, converts; returns them by name.
+
+    Converted are the convolutions and linear layers of a fused `model`.
     """
     layers = {
         name: LAYER_CLASSES[type(layer)](

@@ -1,4 +1,9 @@
-"""Configuration of RepVGG models."""
+"""The configuration of RepVGG models.
+
+A *branch* is one of the linear maps that a block sums while it trains, and that fuse into one convolution. *OABN*,
+outlier-aware batch normalization, is batch normalization that bounds what each branch but the largest contributes to an
+entry of the fused kernel; see `reparameterization.py`.
+"""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -60,18 +65,18 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
             Linear branches that a block sums in train form: `"identity"` or `"<height>x<width>"` with odd sizes, at
             least one of them 3x3. Repeat a name for parallel copies.
         batch_norm_eps (`float`, defaults to 1e-5), batch_norm_momentum (`float`, defaults to 0.1):
-            As in `torch.nn.BatchNorm2d`.
+            Epsilon and momentum of the branches' `torch.nn.BatchNorm2d`.
         oabn (`bool`, defaults to `True`):
             Outlier-aware batch normalization: bound what the 1x1 and identity branches add to the fused kernel.
         oabn_threshold (`float`, defaults to 6.0):
             The bound, in standard deviations of the dense branch's contribution.
         deploy (`bool`, defaults to `False`):
-            Build the model fused, one convolution a layer. `model.reparameterize()` sets it.
+            Build the model fused, one convolution per layer. `model.reparameterize()` sets it.
         classifier_dropout (`float`, defaults to 0.0):
             Dropout before the classifier.
         weights_checksum (`str`, *optional*):
-            Of the float weights beside a published `config.json`, to find damage: `from_pretrained` refuses others. A
-            quantized model has one in its `quantization_config`. `save_pretrained` leaves it out.
+            Checksum of the float weights beside a published `config.json`, to find damage: `from_pretrained` refuses
+            others. A quantized model has one in its `quantization_config`. `save_pretrained` leaves it out.
         qat_config (`dict`, *optional*):
             How the model is prepared for quantization-aware training; `prepare_qat` sets it.
 
@@ -123,7 +128,7 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "RepVGGConfig":
-        """The configuration of a published variant, `"a0"` to `"b3g4"` and `"d2se"`; `kwargs` override its fields.
+        """Make the configuration of a published variant, `"a0"` to `"b3g4"` and `"d2se"`; `kwargs` override its fields.
 
         Raises `ValueError` for an unknown name.
         """
@@ -141,12 +146,12 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**(variant_kwargs | kwargs))
 
     def validate_stages(self):
-        """`hidden_sizes`, `depths` and `strides` describe the same stages, with positive numbers."""
+        """Check that `hidden_sizes`, `depths` and `strides` describe the same stages, with positive numbers."""
         lengths = {len(self.hidden_sizes), len(self.depths), len(self.strides)}
         if len(lengths) != 1:
             raise ValueError(
                 f"hidden_sizes has {len(self.hidden_sizes)} entries, depths {len(self.depths)} and strides "
-                f"{len(self.strides)}: give one entry a stage in each."
+                f"{len(self.strides)}: give one entry per stage in each."
             )
         for name in ("hidden_sizes", "depths", "strides"):
             if any(value < 1 for value in getattr(self, name)):
@@ -155,12 +160,12 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("num_channels, stem_hidden_size, stem_stride and squeeze_ratio must be at least 1.")
 
     def validate_groups(self):
-        """`groups` divides every stage's width, as grouped layers exist in each stage."""
+        """Check that `groups` divides every stage's width, as grouped layers exist in each stage."""
         if self.groups < 1 or any(size % self.groups for size in self.hidden_sizes):
             raise ValueError(f"groups={self.groups} must divide every entry of hidden_sizes={list(self.hidden_sizes)}.")
 
     def validate_oabn(self):
-        """`oabn_threshold` is a positive number of standard deviations."""
+        """Check that `oabn_threshold` is a positive number of standard deviations."""
         if not 0 < self.oabn_threshold < float("inf"):
             raise ValueError(
                 f"oabn_threshold must be positive and finite, got {self.oabn_threshold}; 6 is the default."

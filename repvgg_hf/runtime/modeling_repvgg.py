@@ -1,13 +1,7 @@
 """RepVGG: a plain stack of 3x3 convolutions that is trained with parallel branches (arXiv 2101.03697)."""
 
-import tempfile
-from functools import partial
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -18,18 +12,12 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoints import check_checkpoint_form, replace_files
-from .cluster_layers import check_layers, decode_layers, dequantize_layers, replace_with_cluster_layers
 from .configuration_repvgg import RepVGGConfig
-from .quantization_cluster import ClusterConfig
-from .reparameterization import ReparamConv2d, checkpoint_once, fused_convolutions
-from .weight_files import check_published_weights, unreadable_weights
-
-logger = logging.get_logger(__name__)
+from .modeling_reparameterized import ReparameterizedPreTrainedModel
+from .reparameterization import ReparamConv2d
 
 
 class RepVGGSqueezeExcitation(nn.Module):
@@ -47,7 +35,7 @@ class RepVGGSqueezeExcitation(nn.Module):
 
 
 class RepVGGLayer(GradientCheckpointingLayer):
-    """A sum of branches, or the one convolution that it fuses into, then the activation."""
+    """A layer of RepVGG: a sum of branches, or the one convolution that it fuses into, then the activation."""
 
     def __init__(self, config: RepVGGConfig, in_channels: int, out_channels: int, stride: int = 1, groups: int = 1):
         super().__init__()
@@ -79,7 +67,7 @@ class RepVGGLayer(GradientCheckpointingLayer):
 
 
 class RepVGGEmbeddings(nn.Module):
-    """The stem: the image to the first feature map."""
+    """The stem, which makes the first feature map from the image."""
 
     def __init__(self, config: RepVGGConfig):
         super().__init__()
@@ -97,7 +85,10 @@ class RepVGGEmbeddings(nn.Module):
 
 
 class RepVGGStage(nn.Module):
-    """Layers of one width; the first one downsamples. `first_index` counts the layers before, the stem left out."""
+    """A stage: layers of one width, the first of which downsamples.
+
+    `first_index` counts the layers before it, the stem left out.
+    """
 
     def __init__(
         self, config: RepVGGConfig, in_channels: int, out_channels: int, stride: int, depth: int, first_index: int
@@ -115,8 +106,11 @@ class RepVGGStage(nn.Module):
         return hidden_states
 
 
-class RepVGGPreTrainedModel(PreTrainedModel):
-    """Loading, saving, fusing and quantizing, for every RepVGG model."""
+class RepVGGPreTrainedModel(ReparameterizedPreTrainedModel):
+    """Base class of RepVGG models: configuration, initialization, and the blocks that calibration runs through.
+
+    *Calibration* is choosing how weights and inputs are quantized from images that the model sees.
+    """
 
     config: RepVGGConfig
     base_model_prefix = "repvgg"
@@ -124,13 +118,6 @@ class RepVGGPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RepVGGLayer"]
-    _keep_in_fp32_modules_strict = ["weight_fake_quant", "input_fake_quant"]
-
-    def post_init(self):
-        super().post_init()
-        settings = self.config.qat_config
-        if settings is not None and next(self.parameters()).is_meta:  # from_pretrained: a QAT checkpoint follows
-            _import_compression("A checkpoint of quantization-aware training").restore_qat(self, settings)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -141,55 +128,12 @@ class RepVGGPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _set_gradient_checkpointing(
-        self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs
-    ):
-        function = partial(checkpoint_once, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, function, **kwargs)
+    def calibration_blocks(self) -> dict[str, nn.Module]:
+        """Return the blocks, by name in the model, that `pixel_values` run through in turn to the last feature map.
 
-    def reparameterize(self):
-        """Fuse the branches of every layer into one convolution, in place; returns the model.
-
-        Computed in float32 and checked on a random batch; the result has the model's dtype. A fused model is returned
-        as it is. Raises `ValueError` naming the block if the result is wrong; the model is then unchanged.
+        Each maps one tensor to one tensor.
         """
-        self._require_whole_model("reparameterize()")
-        if any(getattr(module, "weight_fake_quant", None) is not None for module in self.modules()):
-            raise ValueError("The model was prepared for QAT: quantize() fuses it and keeps the trained codebooks.")
-        for name, convolution in self.fused_convolutions().items():
-            self.set_submodule(name, convolution)
-        self.config.deploy = True
-        return self
-
-    def fused_convolutions(self) -> dict[str, nn.Conv2d]:
-        """What each block of branches fuses into, by the block's name; the model is not changed."""
-        return fused_convolutions(self)
-
-    def quantize(self, method: "str | ClusterConfig | None" = None, bits: int | None = None, **options):
-        """Replace every weight by codes and a codebook, in place; returns the model. Branches are fused first.
-
-        Args:
-            method: `"cluster"` (default) or `"uniform"`, or a whole [`ClusterConfig`].
-            bits: 1 to 8, default 4.
-            options: further arguments of [`ClusterConfig`].
-
-        After `prepare_qat` call it without arguments: the trained codebooks are kept as they are. Raises `ValueError`
-        for a model that is quantized already, bad options, or weights that aren't finite; the model is then unchanged.
-        """
-        self._require_whole_model("quantize()")
-        compression = _import_compression("quantize()")
-        return compression.quantize_model(self, method, bits, **options)
-
-    def prepare_qat(self, method: "str | ClusterConfig | None" = None, bits: int | None = None, **options):
-        """Make the model compute with quantized weights while its parameters train, in place; returns the model.
-
-        The arguments are those of [`~RepVGGPreTrainedModel.quantize`], which freezes the result. In train form each
-        block quantizes its fused kernel, with the batch norm statistics frozen, and runs one convolution. After every
-        optimizer step call `repvgg_hf.update_codebooks(model)`, or give `Trainer` a `repvgg_hf.QATCallback()`.
-        """
-        self._require_whole_model("prepare_qat()")
-        compression = _import_compression("prepare_qat()")
-        return compression.prepare_qat(self, method, bits, **options)
+        return {name: module for name, module in self.named_modules() if isinstance(module, RepVGGLayer)}
 
     def _require_whole_model(self, method: str) -> None:
         if isinstance(self, RepVGGEncoder):
@@ -198,97 +142,12 @@ class RepVGGPreTrainedModel(PreTrainedModel):
                 "whole model."
             )
 
-    def replace_with_cluster_layers(self, config: ClusterConfig):
-        """Put empty cluster layers in the place of those that `config` converts; returns them by name."""
-        return replace_with_cluster_layers(self, config)
-
-    def replace_with_float_layers(self):
-        """Put float layers with the decoded weights in the place of the cluster layers."""
-        dequantize_layers(self)
-
-    def check_cluster_layers(self):
-        """Raise `ValueError` naming a loaded tensor whose values can't be right."""
-        check_layers(self)
-
-    def decode_weights(self, on_the_fly: bool | None = None):
-        """Decode the weights now, instead of when the model first runs; `on_the_fly=True` in every forward instead.
-
-        Call it before `torch.export` or an export to ONNX, which would trace the decoding in a model that never ran;
-        before `nn.DataParallel`, whose copies would decode in every step; and before a second CUDA stream uses the
-        model.
-        """
-        decode_layers(self, on_the_fly)
-
-    def dequantize(self, dtype: torch.dtype | None = None):
-        """Make a quantized model a float one with the decoded weights, in place; returns the model.
-
-        The rounding of activations (`activation_bits`) is dropped with the layers that did it. `dtype`: of the float
-        model, default the present one. Raises `ValueError` for a model that is not quantized or is offloaded.
-        """
-        return super().dequantize(dtype)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; raises `ValueError` for the wrong form of checkpoint or a broken file.
-
-        For a quantized checkpoint `quantization_config=ClusterConfig(decode="on_the_fly")` chooses when to decode.
-        """
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise ValueError(unreadable_weights(pretrained_model_name_or_path, error, kwargs)) from error
-        check_checkpoint_form(info["missing_keys"], info["unexpected_keys"], model.config.deploy)
-        check_published_weights(pretrained_model_name_or_path, model.config, kwargs)
-        for name, module in model.named_modules():
-            if isinstance(module, ReparamConv2d) and any(parameter.is_meta for parameter in module.parameters()):
-                raise ValueError(
-                    f"{name} is offloaded, but a block of branches runs in memory only: load the model without "
-                    "device_map or with device_map='cpu', or reparameterize() and save it first."
-                )
-            if isinstance(module, nn.Conv2d):  # as the input, so that no call has to rearrange the kernel
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        requested = kwargs.get("quantization_config")
-        if isinstance(requested, ClusterConfig) and requested.decode != model.config.quantization_config.decode:
-            model.decode_weights(on_the_fly=requested.decode == "on_the_fly")
-        return (model, info) if output_loading_info else model
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        own = self.state_dict().keys()
-        check_checkpoint_form(own - state_dict.keys(), state_dict.keys() - own, self.config.deploy)
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, but the files appear only when all of them are complete.
-
-        They are written to a temporary folder and then renamed, so that an interrupted save leaves what was there
-        before. Weights of an earlier save under other names (sharded or not) are removed.
-        """
-        target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"{target} is a file: save_pretrained needs a folder.")
-        target.mkdir(parents=True, exist_ok=True)
-        if push_to_hub:
-            kwargs.setdefault("repo_id", target.name)
-        self.config.weights_checksum = None  # that of the files it was loaded from
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
-            super().save_pretrained(folder, *args, push_to_hub=push_to_hub, **kwargs)
-            replace_files(Path(folder), target)
-
-
-def _import_compression(caller: str):
-    try:
-        import repvgg_hf.compression as compression
-    except ImportError as error:
-        raise ImportError(f"{caller} is part of the package: `pip install repvgg-hf`.") from error
-    return compression
-
 
 class RepVGGEncoder(RepVGGPreTrainedModel):
-    """The stages."""
+    """The stages, one after the other."""
 
     main_input_name = "hidden_states"
+    is_part = True
     _can_record_outputs = {"hidden_states": RepVGGStage}
 
     def __init__(self, config: RepVGGConfig):
@@ -309,7 +168,7 @@ class RepVGGEncoder(RepVGGPreTrainedModel):
 
 
 class RepVGGModel(RepVGGPreTrainedModel):
-    """RepVGG without a head: feature maps and their mean.
+    """RepVGG without a head, which returns the last feature map and its mean.
 
     `pixel_values` is `[batch, num_channels, height, width]` of any size; `last_hidden_state` is
     `[batch, hidden_sizes[-1], height', width']` and `pooler_output` its mean, `[batch, hidden_sizes[-1]]`.
@@ -331,6 +190,17 @@ class RepVGGModel(RepVGGPreTrainedModel):
             pooler_output=outputs.last_hidden_state.mean(dim=(2, 3)),
             hidden_states=outputs.hidden_states,
         )
+
+
+class PooledClassifier(nn.Module):
+    """The last of [`RepVGGForImageClassification`]'s blocks: its classifier on the mean of the last feature map."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.classifier(hidden_states.mean(dim=(2, 3)))
 
 
 class RepVGGForImageClassification(RepVGGPreTrainedModel):
@@ -361,9 +231,17 @@ class RepVGGForImageClassification(RepVGGPreTrainedModel):
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+    def calibration_blocks(self) -> dict[str, nn.Module]:
+        """Return the blocks of [`RepVGGPreTrainedModel`] and, if there is a classifier, one that gives the logits.
+
+        That one's name is empty, as the block is not part of the model, but its layer is.
+        """
+        head = {"": PooledClassifier(self.classifier)} if isinstance(self.classifier, nn.Linear) else {}
+        return super().calibration_blocks() | head
+
 
 class RepVGGBackbone(BackboneMixin, RepVGGPreTrainedModel):
-    """RepVGG as a backbone for detection and segmentation: the feature maps of `config.out_features`."""
+    """RepVGG as a backbone for detection and segmentation, which returns the feature maps of `config.out_features`."""
 
     has_attentions = False
 
@@ -384,4 +262,10 @@ class RepVGGBackbone(BackboneMixin, RepVGGPreTrainedModel):
         return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)
 
 
-__all__ = ["RepVGGBackbone", "RepVGGForImageClassification", "RepVGGModel", "RepVGGPreTrainedModel"]
+AUTO_CLASSES = {
+    "AutoModel": RepVGGModel,
+    "AutoModelForImageClassification": RepVGGForImageClassification,
+    "AutoBackbone": RepVGGBackbone,
+}
+
+__all__ = ["AUTO_CLASSES", "RepVGGBackbone", "RepVGGForImageClassification", "RepVGGModel", "RepVGGPreTrainedModel"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def unknown_option(name: str, known: Iterable[str], where: str) -> str:
-    """The message for an option `name` that `where` does not have: what it may have been meant to be."""
+    """Return the message for an option `name` that `where` does not have, with what it may have been meant to be."""
     known = sorted(known)
     similar = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {', '.join(known)}."
@@ -15,7 +15,7 @@ def unknown_option(name: str, known: Iterable[str], where: str) -> str:
 
 
 def suggest_options(cls):
-    """Class decorator for dataclasses: an unknown keyword argument raises a `TypeError` with a suggestion."""
+    """Make a dataclass raise `TypeError` with a suggestion for an unknown keyword argument; a class decorator."""
     accept = cls.__init__
     known = [field.name for field in dataclasses.fields(cls) if field.init]
 

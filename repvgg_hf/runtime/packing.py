@@ -1,6 +1,7 @@
-"""Bit-packing of codes.
+"""Bit-packing of codes, and decoding them.
 
-Code i takes bits `i * bits` to `(i + 1) * bits - 1` of a little-endian bit stream. Three codes a, b, c of 3 bits:
+A *code* is a number of 1 to 8 bits that selects an entry of a *codebook*, a table of `2**bits` values. Code i takes
+bits `i * bits` to `(i + 1) * bits - 1` of a little-endian bit stream. Three codes a, b, c of 3 bits:
 
     byte 0              byte 1
     c1 c0 b2 b1 b0 a2 a1 a0   .. .. .. .. .. .. .. c2
@@ -15,12 +16,12 @@ import torch
 
 
 def packed_size(numel: int, bits: int) -> int:
-    """Bytes that `numel` codes of `bits` bits take."""
+    """Return the number of bytes that `numel` codes of `bits` bits take."""
     return (numel * bits + 7) // 8
 
 
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
-    """The shortest run of codes that fills whole bytes: (codes, bytes, a dtype that holds it)."""
+    """Return the shortest run of codes that fills whole bytes, as (codes, bytes, a dtype that holds it)."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"bits must be an integer from 1 to 8, got {bits!r}.")
     word_bits = math.lcm(bits, 8)
@@ -48,7 +49,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
-    """The first `numel` codes, uint8 `[numel]`, of what [`pack_codes`] made.
+    """Return the first `numel` codes, uint8 `[numel]`, of what [`pack_codes`] made.
 
     Raises `ValueError` if `packed` is not a uint8 vector of the length that `numel` codes take.
     """
@@ -68,7 +69,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
 
 
 def lookup_packed(packed: torch.Tensor, codebook: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
-    """The entries of float32 `codebook` `[groups, 2**bits]` that `numel` packed codes stand for, float32 `[numel]`.
+    """Look up the `numel` packed codes in the float32 `codebook` `[groups, 2**bits]`; returns float32 `[numel]`.
 
     Group g's codebook is for the codes `g * numel / groups` to `(g + 1) * numel / groups - 1`.
     """
@@ -84,7 +85,7 @@ def lookup_packed(packed: torch.Tensor, codebook: torch.Tensor, bits: int, numel
     index = index.view(groups, -1).int()
     if groups > 1:
         index += table.shape[1] * torch.arange(groups, dtype=torch.int32, device=index.device)[:, None]
-    table = table.flatten(0, 1)  # [groups * rows, codes a row]
+    table = table.flatten(0, 1)  # [groups * rows, codes per row]
     if table.shape[1] == 2:
         table = table.contiguous().view(torch.int64)  # numbers are gathered several times as fast as rows of two
     return table.squeeze(1).index_select(0, index.view(-1)).view(torch.float32).view(-1)

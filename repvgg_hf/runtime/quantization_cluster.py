@@ -1,4 +1,4 @@
-"""The configuration of cluster-quantized models, and the quantizer that loads them with `from_pretrained`."""
+"""The configuration of quantized models, and the quantizer that loads them with `from_pretrained`."""
 
 import json
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class ClusterOptions(TypedDict, total=False):
 
 @dataclass(repr=False)
 class QuantizationOptions:
-    """What a user chooses of a [`ClusterConfig`]; recipes take it as command-line options."""
+    """The fields of a [`ClusterConfig`] that a user chooses; recipes take them as command-line options."""
 
     bits: int = field(default=4, metadata={"help": "Bits of a weight's code, 1 to 8."})
     method: str = field(
@@ -142,7 +142,7 @@ class QuantizationOptions:
 @suggest_options
 @dataclass(repr=False)
 class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
-    """How a model's weights are quantized; stored as `quantization_config` in `config.json`.
+    """The configuration of a quantized model, stored as `quantization_config` in `config.json`.
 
     A weight is stored as a *code* of a few bits, which selects an entry of a *codebook*: a short table of values. A
     *group* is a run of output channels that share a codebook, and a *channel scale* is one more factor for each output
@@ -198,22 +198,28 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        """The configuration in `config_dict`, of which what a later format adds is no unknown option."""
+        """Make a configuration from a dictionary.
+
+        A later `format_version` is refused before its fields are, so that the error tells the true reason.
+        """
         _check_format(config_dict.get("format_version", FORMAT_VERSION))
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def bits_of(self, name: str) -> int:
-        """The bits of the layer called `name`."""
+        """Return the bits of the layer called `name`."""
         depths = {key: _match(name, key) for key in self.bits_overrides}
         key = max(depths, key=depths.get, default=None)
         return self.bits_overrides[key] if key is not None and depths[key] else self.bits
 
     def converts(self, name: str) -> bool:
-        """Whether the layer called `name` is quantized."""
+        """Tell whether the layer called `name` is quantized."""
         return not any(_match(name, key) for key in self.modules_to_not_convert)
 
     def groups_of(self, name: str, out_channels: int) -> int:
-        """How many codebooks the layer called `name` has. Raises `ValueError` if `group_size` does not divide it."""
+        """Return the number of codebooks of the layer called `name`, which has `out_channels` output channels.
+
+        Raises `ValueError` if `group_size` does not divide these.
+        """
         shared = self.granularity == "per_channel" and self.quantization_method.shares_codebook(self)
         if self.granularity == "per_tensor" or shared:
             return 1
@@ -227,17 +233,17 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
 
     def check_names(self, names: list[str]):
         """Raise `ValueError` if a key of `bits_overrides` or `modules_to_not_convert` matches none of `names`."""
-        for field in ("bits_overrides", "modules_to_not_convert"):
-            for key in getattr(self, field):
+        for option in ("bits_overrides", "modules_to_not_convert"):
+            for key in getattr(self, option):
                 if not any(_match(name, key) for name in names):
                     raise ValueError(
-                        f"{field} names {key!r}, which is no convolution or linear layer of this model, nor the "
+                        f"{option} names {key!r}, which is no convolution or linear layer of this model, nor the "
                         f"parent of one. Its layers: {', '.join(names)}."
                     )
 
 
 def _match(name: str, key: str) -> int:
-    """How many components of the layer `name` the `key` of it or of a parent covers; 0 if it is neither.
+    """Count the components of the layer `name` that `key` covers, if it names the layer or a parent; else return 0.
 
     The first component, which is the base model's in a model with a head, may be missing from the key, and a key that
     has it covers a layer of a base model.
@@ -269,7 +275,7 @@ def _check_format(version) -> None:
 
 
 class ClusterQuantizer(HfQuantizer):
-    """Loads cluster-quantized checkpoints, and quantizes float ones on the fly, inside `from_pretrained`.
+    """The part of `from_pretrained` that loads quantized checkpoints, and quantizes float ones on the fly.
 
     The model does the work through its own methods, so that a model whose code came with a checkpoint gets layers of
     that code, also while the package is installed.
@@ -292,7 +298,7 @@ class ClusterQuantizer(HfQuantizer):
             )
         layers = model.replace_with_cluster_layers(self.quantization_config)
         if checkpoint_files and all(Path(file).suffix == ".safetensors" for file in checkpoint_files):
-            check_checkpoint(layers, checkpoint_files, self.quantization_config.checksum)
+            check_checkpoint(layers, checkpoint_files, self.quantization_config.checksum, model.base_model_prefix)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
@@ -324,7 +330,7 @@ class ClusterQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """What stayed float (biases) trains; the codes don't. `Trainer` asks before it evaluates, too."""
+        """Whether `Trainer` takes the model, also to evaluate it: what stayed float (biases) trains, codes don't."""
         return True
 
     @property

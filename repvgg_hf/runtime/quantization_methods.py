@@ -1,5 +1,8 @@
 """The methods that choose codebooks: each is one object with all that distinguishes it from the others.
 
+A *codebook* is the table of values that the codes of a quantized weight select from; a *channel scale* is one more
+factor for each output channel.
+
 Loading and running a quantized model needs none of their functions, so these are set by the package's `compression`,
 in one place, and this file can be copied into a Hub repository without it.
 """
@@ -11,9 +14,9 @@ class QuantizationMethod:
     """A way to choose codebooks.
 
     Attributes:
-        name: value of `ClusterConfig.method`.
-        title: what its codebooks are called in cards and tables.
-        options: fields of `ClusterConfig` that only this method has, with their defaults.
+        name (`str`): the value of `ClusterConfig.method`.
+        title (`str`): what its codebooks are called on cards.
+        options (`dict`): the fields of `ClusterConfig` that only this method has, with their defaults.
         fit: `fit(rows, k, groups, config, importance) -> (codebook, scale)`, for the least weight error; see
             `compression/codebooks/weights.py`.
         refit: `refit(problem, weight, config) -> weight`, for the least output error with given codes; see
@@ -29,12 +32,16 @@ class QuantizationMethod:
     refit: Callable | None = None
     fake_quantizer: Callable | None = None
 
+    def implement(self, fit: Callable, refit: Callable, fake_quantizer: Callable) -> None:
+        """Set the functions that make models."""
+        self.fit, self.refit, self.fake_quantizer = fit, refit, fake_quantizer
+
     def default_channel_scale(self, config) -> bool:
-        """Whether each output channel gets a scale if `config.channel_scale` is `None`."""
+        """Tell whether each output channel gets a scale if `config.channel_scale` is `None`."""
         raise NotImplementedError
 
     def shares_codebook(self, config) -> bool:
-        """Whether channels with a codebook each all have the same one, so that it is stored once."""
+        """Tell whether channels with a codebook each all have the same one, so that it is stored once."""
         return False
 
     def validate(self, config) -> None:
@@ -42,7 +49,7 @@ class QuantizationMethod:
 
 
 class ClusterMethod(QuantizationMethod):
-    """Codebooks by one-dimensional k-means."""
+    """The method that finds codebooks by one-dimensional k-means."""
 
     name, title = "cluster", "k-means codebooks"
 
@@ -52,7 +59,7 @@ class ClusterMethod(QuantizationMethod):
 
 
 class UniformMethod(QuantizationMethod):
-    """Evenly spaced codebooks: the usual integer quantization."""
+    """The method whose codebooks are evenly spaced: the usual integer quantization."""
 
     name, title = "uniform", "evenly spaced codebooks"
     options = {"symmetric": True, "range_method": "mse"}

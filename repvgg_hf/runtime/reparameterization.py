@@ -1,17 +1,25 @@
-"""Linear branches that can be summed into one convolution, with outlier-aware batch normalization (OABN).
+"""Linear branches that are summed into one convolution, with outlier-aware batch normalization (OABN).
 
-A *branch* is a module with two methods:
+Fusing adds what the branches contribute to one kernel. A branch that contributes much to few entries, as the identity
+does on the center of the channel diagonal, makes outliers there, which stretch the range that a few bits must cover.
+OABN limits what every such branch contributes to an entry: its *bound*.
 
+A *branch* is a module with these members, on which fusing, OABN, training on the equivalent kernel and analysis work
+without asking which network the block is in; [`Branch`] is a base class for them:
+
+    branch.kernel_size                            (height, width), both odd
+    branch.diagonal                               whether output channel o reads input channel o alone
     branch(x, bound) -> y                         what it adds to the block's output
     branch.equivalent(bound) -> (kernel, bias)    the same as one convolution, differentiably
+    branch.contribution_variance() -> variance    of the entries of its unbounded kernel, 0-dim
 
-`kernel` is `[out, in / groups, height, width]`, of the branch's own odd size, and `bias` is `[out]`. Everything else in
-the package (fusing, OABN, training on the equivalent kernel, analysis) works on these two and never asks which network
-the block is in.
+`kernel` is `[out, in / groups, height, width]`, of the branch's own size, and `bias` is `[out]`. `bound` is a 0-dim
+tensor, the largest magnitude that the branch may contribute to an entry of the fused kernel, or `None`.
 """
 
 import copy
 import re
+from collections.abc import Sequence
 from functools import reduce
 from operator import add, iadd
 
@@ -41,7 +49,7 @@ class _BoundedWeight(torch.autograd.Function):
 
 
 def outlier_bounded_weight(norm: nn.Module, kernel_max: torch.Tensor | float, bound: torch.Tensor) -> torch.Tensor:
-    """The batch norm weight `[out]`, clipped so that the branch adds at most `bound` to any entry of the fused kernel.
+    """Clip the batch norm weight `[out]`, so that the branch adds at most `bound` to any entry of the fused kernel.
 
     The branch contributes `weight / sqrt(running_var + eps) * W` to the fused kernel. With `kernel_max = max|W|` per
     output channel, the clip is `bound * sqrt(running_var + eps) / kernel_max`.
@@ -66,16 +74,38 @@ def batch_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.
 
 
 def _scale_and_bias(norm: nn.Module, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch norm in eval mode as `y = scale * x + bias`, both `[out]`."""
+    """Return `(scale, bias)`, both `[out]`, of batch norm in eval mode, which is `y = scale * x + bias`."""
     scale = weight / (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
-class ConvBranch(nn.Module):
-    """A convolution without bias, padded to keep the size, then batch normalization."""
+class Branch(nn.Module):
+    """Base class of branches: a linear map that [`ReparamConv2d`] adds to others. See the top of this file."""
+
+    kernel_size: tuple[int, int] = (1, 1)
+    diagonal = False
+
+    def forward(self, x: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def equivalent(self, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the branch as one convolution in eval mode: `(kernel [out, in / groups, height, width], bias [out])`.
+
+        The kernel is a parameter, or a new tensor: the block adds the other branches' kernels to it in place.
+        """
+        raise NotImplementedError
+
+    def contribution_variance(self) -> torch.Tensor:
+        """Return the variance of the entries of its kernel without a bound, 0-dim."""
+        return self.equivalent()[0].var()
+
+
+class ConvBranch(Branch):
+    """A branch that is a convolution without bias, padded to keep the size, then batch normalization."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, eps=1e-5, momentum=0.1):
         super().__init__()
+        self.kernel_size = tuple(kernel_size)
         padding = tuple(size // 2 for size in kernel_size)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum)
@@ -103,9 +133,19 @@ class ConvBranch(nn.Module):
         scale, bias = _scale_and_bias(self.norm, self.norm_weight(bound))
         return self.conv.weight * scale.view(-1, 1, 1, 1), bias
 
+    def contribution_variance(self) -> torch.Tensor:
+        """Compute the variance from sums per channel, which read the kernel twice and allocate nothing of its size."""
+        scale, _ = _scale_and_bias(self.norm, self.norm.weight)
+        weight = self.conv.weight
+        total = (scale * weight.sum(dim=(1, 2, 3))).sum()
+        square = (scale * torch.linalg.vector_norm(weight, dim=(1, 2, 3))).square().sum()
+        return (square - total**2 / weight.numel()).clamp_min(0) / (weight.numel() - 1)
 
-class IdentityBranch(nn.Module):
-    """Batch normalization of the block's input: a convolution with ones on the center of the channel diagonal."""
+
+class IdentityBranch(Branch):
+    """A branch that is batch normalization of the block's input: a convolution with ones on the channel diagonal."""
+
+    diagonal = True
 
     def __init__(self, channels: int, groups: int = 1, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -127,7 +167,7 @@ class IdentityBranch(nn.Module):
 
 
 class _AddAtCenter(torch.autograd.Function):
-    """`kernel` with a `smaller` one added to its center, in place: no pass over the rest, nor over its gradient."""
+    """Add a `smaller` kernel to the center of `kernel`, in place: no pass over the rest, nor over its gradient."""
 
     @staticmethod
     def forward(ctx, kernel, smaller):
@@ -142,14 +182,17 @@ class _AddAtCenter(torch.autograd.Function):
 
 
 def _center(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The view `[..., height, width]` of that odd `size` in the middle of a `kernel`."""
+    """Return the view `[..., height, width]` of that odd `size` in the middle of a `kernel`."""
     for dim, inner in zip((2, 3), size):
         kernel = kernel.narrow(dim, (kernel.shape[dim] - inner) // 2, inner)
     return kernel
 
 
 def parse_branch(name: str) -> tuple[int, int] | None:
-    """Kernel size of a branch name such as `"1x3"`; `None` for `"identity"`. Raises `ValueError` for anything else."""
+    """Return the kernel size that a branch name such as `"1x3"` states, or `None` for `"identity"`.
+
+    Raises `ValueError` for any other name.
+    """
     if name == "identity":
         return None
     match = re.fullmatch(r"(\d+)x(\d+)", name)
@@ -164,16 +207,17 @@ class ReparamConv2d(nn.Module):
     """A sum of linear branches that fuses into one `nn.Conv2d`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups: of the convolution that it fuses into (padding
-            `kernel_size // 2`).
-        branches: names of the branches, see [`parse_branch`]. At least one is dense (`kernel_size` both ways);
-            `"identity"` is left out where the block changes the shape.
-        oabn_threshold: with a number k, outlier-aware batch normalization: every branch but the dense ones contributes
-            at most k standard deviations of the dense branches' contribution to any entry of the fused kernel. `None`
-            for plain batch normalization.
+        in_channels, out_channels, kernel_size, stride, groups (`int`): those of the convolution that it fuses into,
+            whose padding is `kernel_size // 2`.
+        branches (`list[str | nn.Module]`): names of branches, see [`parse_branch`], or modules that are branches, see
+            the top of this file. At least one is dense: as large as the kernel, and between all channels. `"identity"`
+            is left out where the block changes the shape.
+        eps, momentum (`float`): those of the batch norms of branches that are given by name.
+        oabn_threshold (`float`, *optional*): with a number k, outlier-aware batch normalization: every branch but the
+            dense ones contributes at most k standard deviations of the dense branches' contribution to any entry of
+            the fused kernel. `None` for plain batch normalization.
 
-    `weight_fake_quant`, when set, is a module that maps the fused kernel to its quantized value: the forward pass then
-    runs one convolution on the fused kernel, with the batch norm statistics frozen.
+    Raises `ValueError` for an unknown name, a branch larger than the kernel, or no dense one.
     """
 
     def __init__(
@@ -183,7 +227,7 @@ class ReparamConv2d(nn.Module):
         kernel_size: int = 3,
         stride: int = 1,
         groups: int = 1,
-        branches: tuple[str, ...] = ("3x3", "1x1", "identity"),
+        branches: Sequence[str | nn.Module] = ("3x3", "1x1", "identity"),
         eps: float = 1e-5,
         momentum: float = 0.1,
         oabn_threshold: float | None = None,
@@ -193,68 +237,79 @@ class ReparamConv2d(nn.Module):
         self.kernel_size, self.stride, self.groups = (kernel_size, kernel_size), stride, groups
         self.oabn_threshold = oabn_threshold
         self.branches = nn.ModuleDict()
-        self.dense_names = []
-        self.weight_fake_quant: nn.Module | None = None
-        for position, name in enumerate(branches):
-            size = parse_branch(name)
-            key = name if name not in self.branches else f"{name}_{position}"
-            if size is None:
-                if in_channels == out_channels and stride == 1:
-                    self.branches[key] = IdentityBranch(out_channels, groups, eps, momentum)
+        for position, entry in enumerate(branches):
+            branch = entry if isinstance(entry, nn.Module) else self._named_branch(entry, eps, momentum)
+            if branch is None:
                 continue
-            if max(size) > kernel_size:
-                raise ValueError(f"Branch {name!r} is larger than the {kernel_size}x{kernel_size} block it is part of.")
-            self.branches[key] = ConvBranch(in_channels, out_channels, size, stride, groups, eps, momentum)
-            if size == self.kernel_size:
-                self.dense_names.append(key)
+            name = entry if isinstance(entry, str) else type(entry).__name__
+            _check_branch(branch, name, self.kernel_size)
+            self.branches[name if name not in self.branches else f"{name}_{position}"] = branch
         if not self.dense_names:
             raise ValueError(f"block_branches={tuple(branches)} needs a dense {kernel_size}x{kernel_size} branch.")
 
+    def _named_branch(self, name: str, eps: float, momentum: float) -> Branch | None:
+        """Make the branch called `name`; `None` for an identity where the block changes the shape."""
+        size = parse_branch(name)
+        if size is not None:
+            return ConvBranch(self.in_channels, self.out_channels, size, self.stride, self.groups, eps, momentum)
+        if self.in_channels == self.out_channels and self.stride == 1:
+            return IdentityBranch(self.out_channels, self.groups, eps, momentum)
+        return None
+
+    @property
+    def dense_names(self) -> list[str]:
+        """The names of the branches that are as large as the kernel: their entries measure the others' bound."""
+        size = self.kernel_size
+        return [name for name, branch in self.branches.items() if branch.kernel_size == size and not branch.diagonal]
+
     @torch.no_grad()
     def outlier_bound(self) -> torch.Tensor | None:
-        """`oabn_threshold` times the standard deviation of the dense branches' entries in the fused kernel, 0-dim.
+        """Return `oabn_threshold` times the standard deviation of what the dense branches put into the fused kernel.
 
-        Computed from each kernel's row sums, which reads the kernel twice and allocates nothing of its size.
+        The result is 0-dim, and `None` without OABN.
         """
         if self.oabn_threshold is None:
             return None
-        variance = 0.0
-        for name in self.dense_names:  # parallel dense branches are near independent: their variances add
-            branch = self.branches[name]
-            scale, _ = _scale_and_bias(branch.norm, branch.norm.weight)
-            weight = branch.conv.weight
-            total = (scale * weight.sum(dim=(1, 2, 3))).sum()
-            square = (scale * torch.linalg.vector_norm(weight, dim=(1, 2, 3))).square().sum()
-            variance = variance + (square - total**2 / weight.numel()).clamp_min(0) / (weight.numel() - 1)
+        # parallel dense branches are near independent: their variances add
+        variance = sum(self.branches[name].contribution_variance() for name in self.dense_names)
         return self.oabn_threshold * variance.sqrt()
 
     def bounds(self) -> dict[str, torch.Tensor | None]:
-        """The OABN bound of every branch's contribution; `None` for the dense ones and without OABN."""
-        bound = self.outlier_bound() if len(self.branches) > len(self.dense_names) else None
-        return {name: None if name in self.dense_names else bound for name in self.branches}
+        """Return the OABN bound of every branch's contribution, by name; `None` for dense ones and without OABN."""
+        dense = self.dense_names
+        bound = self.outlier_bound() if len(self.branches) > len(dense) else None
+        return {name: None if name in dense else bound for name in self.branches}
 
     def equivalent(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fused `(kernel [out, in / groups, k, k], bias [out])`, differentiable in every branch's parameters."""
+        """Return the fused `(kernel [out, in / groups, k, k], bias [out])`, differentiable in all parameters."""
         bounds = self.bounds()
         parts = [branch.equivalent(bounds[name]) for name, branch in self.branches.items()]
-        kernels, biases = zip(*sorted(parts, key=lambda part: part[0].numel(), reverse=True))  # a dense one first
-        return reduce(_AddAtCenter.apply, kernels), reduce(add, biases)
+        parts.sort(key=lambda part: part[0].numel(), reverse=True)  # a dense one first
+        (kernel, *others), biases = zip(*parts)
+        if isinstance(kernel, nn.Parameter):
+            kernel = kernel.clone()
+        return reduce(_AddAtCenter.apply, others, kernel), reduce(add, biases)
+
+    def convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Convolve `x` `[batch, in, height, width]` with a fused `kernel` and `bias`, as [`equivalent`] gives them."""
+        return F.conv2d(x, kernel, bias, self.stride, self.kernel_size[0] // 2, groups=self.groups)
+
+    def sum_of_branches(self, x: torch.Tensor) -> torch.Tensor:
+        """Add up what the branches give for `x` `[batch, in, height, width]`."""
+        bounds = self.bounds()
+        outputs = (branch(x, bounds[name]) for name, branch in self.branches.items())
+        total = next(outputs)
+        if total is x:  # of a branch that does nothing
+            total = total.clone()
+        # in place: batch norm's gradient needs its input, not its output
+        return reduce(iadd, outputs, total)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight_fake_quant is not None:
-            kernel, bias = self.equivalent()
-            padding = self.kernel_size[0] // 2
-            return F.conv2d(x, self.weight_fake_quant(kernel), bias, self.stride, padding, groups=self.groups)
-        return self._sum_of_branches(x)
-
-    def _sum_of_branches(self, x: torch.Tensor) -> torch.Tensor:
-        bounds = self.bounds()
-        # in place: batch norm's gradient needs its input, not its output
-        return reduce(iadd, (branch(x, bounds[name]) for name, branch in self.branches.items()))
+        return self.sum_of_branches(x)
 
     @torch.no_grad()
     def fuse(self, tolerance: float = 1e-4) -> nn.Conv2d:
-        """The equivalent float32 `nn.Conv2d`, checked on a random batch. The block itself is not changed.
+        """Return the equivalent float32 `nn.Conv2d`, checked on a random batch. The block itself is not changed.
 
         Raises `ValueError` when its output differs from the branches' in eval mode by more than `tolerance`, relative
         to the largest output.
@@ -269,8 +324,8 @@ class ReparamConv2d(nn.Module):
         conv.bias = nn.Parameter(bias)
         # checked in float64 on the CPU: a GPU may run float32 convolutions in TF32, too coarse
         sample = torch.randn(2, self.in_channels, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-        expected = block.to("cpu", torch.float64)._sum_of_branches(sample)
-        fused = F.conv2d(sample, kernel.cpu().double(), bias.cpu().double(), conv.stride, conv.padding, 1, conv.groups)
+        expected = block.to("cpu", torch.float64).sum_of_branches(sample)
+        fused = self.convolve(sample, kernel.cpu().double(), bias.cpu().double())
         error = ((fused - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
         if not error <= tolerance:  # also true for NaN
             raise ValueError(
@@ -284,6 +339,17 @@ class ReparamConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"groups={self.groups}, oabn_threshold={self.oabn_threshold}"
         )
+
+
+def _check_branch(branch: nn.Module, name: str, block_size: tuple[int, int]) -> None:
+    """Raise `ValueError` for a module that is no branch, or one that is larger than the block it is part of."""
+    members = ("kernel_size", "diagonal", "equivalent", "contribution_variance")
+    missing = [member for member in members if not hasattr(branch, member)]
+    if missing:
+        raise ValueError(f"{name} is no branch, it has no {missing[0]!r}: derive it from repvgg_hf's Branch.")
+    if any(size > block for size, block in zip(branch.kernel_size, block_size)):
+        block = "x".join(map(str, block_size))
+        raise ValueError(f"Branch {name!r} is larger than the {block} block it is part of.")
 
 
 def checkpoint_once(checkpoint_function, layer_forward, *args):
@@ -315,7 +381,7 @@ def require_in_memory(model: nn.Module) -> None:
 
 
 def fused_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The fused `nn.Conv2d` of every `ReparamConv2d` in `model`, by name, in the block's dtype.
+    """Return the fused `nn.Conv2d` of every `ReparamConv2d` in `model`, by name, in the block's dtype.
 
     `model` is not changed. Raises `ValueError` naming the block whose fused form is wrong, or an offloaded weight.
     """
@@ -330,4 +396,4 @@ def fused_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     return fused
 
 
-__all__ = ["ConvBranch", "IdentityBranch", "ReparamConv2d", "checkpoint_once", "fused_convolutions"]
+__all__ = ["Branch", "ConvBranch", "IdentityBranch", "ReparamConv2d", "checkpoint_once", "fused_convolutions"]

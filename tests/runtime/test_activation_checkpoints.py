@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification
 from repvgg_hf import ClusterConfig, RepVGGForImageClassification
 from repvgg_hf.runtime.cluster_layers import ClusterLayer, cluster_layers
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 CONV = "repvgg.encoder.stages.0.layers.0.conv"
 RANGE = ("input_scale", "input_zero_point")
 

@@ -78,7 +78,7 @@ def test_stage_names(tiny_config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_sizes": [8]}, "hidden_sizes has 1 entries, depths 2 and strides 2: give one entry a stage"),
+        ({"hidden_sizes": [8]}, "hidden_sizes has 1 entries, depths 2 and strides 2: give one entry per stage"),
         ({"strides": [1, 1, 1]}, "hidden_sizes has 2 entries, depths 2 and strides 3"),
         ({"depths": [0, 2]}, r"depths must be positive, got \[0, 2\]"),
         ({"hidden_sizes": [8, -16]}, r"hidden_sizes must be positive, got \[8, -16\]"),

@@ -18,11 +18,7 @@ import repvgg_hf
 from repvgg_hf import ClusterConfig, RepVGGBackbone, RepVGGForImageClassification, RepVGGModel
 from repvgg_hf.runtime.cluster_layers import cluster_layers
 
-# the files of the runtime core, which a Hub repository gets for trust_remote_code
-CORE = [
-    "checkpoints", "cluster_layers", "configuration_repvgg", "modeling_repvgg", "packing", "quantization_cluster",
-    "reparameterization", "weight_files",
-]  # fmt: skip
+RUNTIME = Path(repvgg_hf.__file__).parent / "runtime"  # its files are what a Hub repository gets for trust_remote_code
 AUTO_MAP = {
     "AutoConfig": "configuration_repvgg.RepVGGConfig",
     "AutoModel": "modeling_repvgg.RepVGGModel",
@@ -145,7 +141,7 @@ def test_a_float_model_on_disk_is_not_quantized(saved, tmp_path):
             change()
 
 
-class TestQuantisedOnLoading:
+class TestQuantizedOnLoading:
     def test_a_bfloat16_checkpoint_stays_one(self, saved, tmp_path):
         RepVGGForImageClassification.from_pretrained(saved.train).bfloat16().save_pretrained(tmp_path / "half")
         config = ClusterConfig()
@@ -254,8 +250,8 @@ class TestCodeFromTheRepository:
         """What a new interpreter outside the source tree makes of a checkpoint that comes with its code."""
         folder = tmp_path_factory.mktemp("remote")
         shutil.copytree(saved.quantized, folder / "repository")
-        for name in CORE:
-            shutil.copy(Path(repvgg_hf.__file__).parent / f"{name}.py", folder / "repository")
+        for path in RUNTIME.glob("[!_]*.py"):
+            shutil.copy(path, folder / "repository")
         config = json.loads((folder / "repository" / "config.json").read_text())
         (folder / "repository" / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
         torch.save(saved.pixel_values, folder / "pixel_values.pt")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from repvgg_hf import ClusterConfig
 
@@ -26,6 +27,7 @@ class TestConfig:
             ("cluster", "per_channel", "float16", False),
             ("cluster", "per_channel", "int8", True),
             ("uniform", "per_tensor", "float16", False),
+            ("uniform", "per_channel", "float16", True),
             ("uniform", "per_channel", "int8", True),
         ],
     )
@@ -55,7 +57,7 @@ class TestConfig:
             ({"granularity": "channel"}, "^granularity must be one of per_tensor, per_channel, per_group, got"),
             ({"codebook_dtype": "bfloat16"}, "^codebook_dtype must be one of float16, float32, int8, got 'bfloat16'"),
             ({"codebook_dtype": torch.float16}, "^codebook_dtype must be one of float16, float32, int8, got torch"),
-            ({"range_method": "max"}, "^range_method must be one of minmax, mse, got 'max'"),
+            ({"method": "uniform", "range_method": "max"}, "^range_method must be one of minmax, mse, got 'max'"),
             ({"decode": "lazy"}, "^decode must be one of at_load, on_the_fly, got 'lazy'"),
             ({"granularity": "per_group"}, "^granularity='per_group' and group_size=None don't fit: give group_size"),
             ({"group_size": 4}, "^granularity='per_tensor' and group_size=4 don't fit"),
@@ -63,7 +65,7 @@ class TestConfig:
             ({"granularity": "per_group", "group_size": 2.0}, "^group_size must be a positive integer, got 2.0"),
             ({"granularity": "per_group", "group_size": True}, "^group_size must be a positive integer, got True"),
             ({"channel_scale": "yes"}, "^channel_scale must be True or False, got 'yes'"),
-            ({"symmetric": 1}, "^symmetric must be True or False, got 1"),
+            ({"method": "uniform", "symmetric": 1}, "^symmetric must be True or False, got 1"),
             ({"codebook_dtype": "int8", "channel_scale": False}, "^codebook_dtype='int8' .*set channel_scale=True"),
             ({"method": "uniform", "channel_scale": True, "symmetric": False}, "no offset: set symmetric=True or"),
             ({"activation_bits": 1}, r"^activation_bits must be None \(.*\) or an integer from 2 to 8, got 1"),
@@ -72,7 +74,6 @@ class TestConfig:
             ({"activation_bits": True}, "^activation_bits must be None .*, got True"),
             ({"quant_method": "gptq"}, "^quant_method must be 'cluster', got 'gptq'"),
             ({"format_version": 2}, "format_version 2, this version of repvgg_hf reads 1: upgrade with"),
-            ({"format_version": 2, "new_in_2": 0}, "format_version 2, this version of repvgg_hf reads 1"),
             ({"format_version": None}, "format_version None, this version"),
         ],
         ids=str,
@@ -81,9 +82,24 @@ class TestConfig:
         with pytest.raises(ValueError, match=message):
             ClusterConfig(**options)
 
-    def test_unknown_options_are_named(self):
-        with pytest.raises(TypeError, match="^Unknown quantization option 'bit': ClusterConfig takes bits, method, "):
-            ClusterConfig(bit=4)
+    def test_a_later_format_is_no_unknown_option(self):
+        """What it adds is not understood, but the message says why."""
+        stored = {"quant_method": "cluster", "format_version": 2, "new_in_2": 0}
+        for read in (ClusterConfig.from_dict, AutoQuantizationConfig.from_dict):
+            with pytest.raises(ValueError, match="format_version 2, this version of repvgg_hf reads 1: upgrade with"):
+                read(stored)
+
+    @pytest.mark.parametrize(
+        "option, message",
+        [
+            ("bit", "^ClusterConfig has no option 'bit': did you mean 'bits'"),
+            ("granularty", "^ClusterConfig has no option 'granularty': did you mean 'granularity'"),
+            ("preserve_zero", "^ClusterConfig has no option 'preserve_zero': it takes activation_bits, .*symmetric"),
+        ],
+    )
+    def test_unknown_options_are_named(self, option, message):
+        with pytest.raises(TypeError, match=message):
+            ClusterConfig(**{option: 4})
 
     def test_the_longest_matching_name_wins(self):
         config = ClusterConfig(
@@ -117,7 +133,18 @@ class TestConfig:
     def test_groups_divide_the_channels(self):
         assert ClusterConfig().groups_of("conv", 7) == 1
         assert ClusterConfig(granularity="per_channel").groups_of("conv", 7) == 7
+        assert ClusterConfig(granularity="per_channel", channel_scale=True).groups_of("conv", 7) == 7
         config = ClusterConfig(granularity="per_group", group_size=3)
         assert config.groups_of("conv", 12) == 4
         with pytest.raises(ValueError, match="group_size=3 does not divide the 10 output channels of 'classifier'"):
             config.groups_of("classifier", 10)
+
+    def test_a_symmetric_grid_per_channel_is_one_codebook_with_scales(self):
+        """Integers times a step for each channel; other grids have a codebook for each."""
+        options = {"method": "uniform", "granularity": "per_channel"}
+        assert ClusterConfig(**options).groups_of("conv", 7) == 1
+        assert ClusterConfig(**options, channel_scale=False).groups_of("conv", 7) == 7
+        assert ClusterConfig(**options, symmetric=False).groups_of("conv", 7) == 7
+        assert ClusterConfig(**options, codebook_dtype="int8").groups_of("conv", 7) == 1
+        grouped = {"method": "uniform", "granularity": "per_group", "group_size": 3}
+        assert ClusterConfig(**grouped, channel_scale=True).groups_of("conv", 12) == 4

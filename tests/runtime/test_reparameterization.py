@@ -324,21 +324,6 @@ class TestTools:
             assert parameter.grad.dtype == torch.float32
             assert parameter.grad.isfinite().all(), name
 
-    def test_fake_quantizer_sees_the_fused_kernel(self, make_block, generator, relative_error):
-        class Halve(nn.Module):
-            def forward(self, kernel):
-                return kernel / 2
-
-        block = make_block().eval()
-        fused = block.fuse()
-        x = torch.randn(2, 8, 6, 6, generator=generator)
-        block.weight_fake_quant = Halve()
-        statistics = copy.deepcopy(dict(block.named_buffers()))
-        block.train()
-        expected = F.conv2d(x, fused.weight / 2, fused.bias, padding=1)
-        assert relative_error(block(x), expected) < 1e-5
-        assert all(torch.equal(statistics[name], buffer) for name, buffer in block.named_buffers())
-
     def test_repr_names_the_block(self):
         text = repr(ReparamConv2d(4, 8, stride=2, oabn_threshold=6.0))
         assert "4, 8, kernel_size=(3, 3), stride=2, groups=1, oabn_threshold=6.0" in text
