@@ -1,17 +1,24 @@
-"""Making a quantized model: clustering, post-training quantization, quantization-aware training."""
+"""Making a quantized model: `api.py` has the entry points, and reads top to bottom.
 
-from .codebooks.kmeans import assign, kmeans_1d
-from .qat.fake_quantize import ClusterFakeQuantize
-from .api import quantize_model
-from .qat.prepare import QATCallback, prepare_qat, restore_qat, update_codebooks
+`codebooks/` turns one tensor into codes, codebook and scale; `ptq/` quantizes a model with calibration data; `qat/`
+trains one with quantized weights; `methods.py` says what each method does. May import runtime/ and networks/.
+"""
+
+from . import methods  # noqa: F401  registers what the methods do
+from .api import prepare_qat, quantize
+from .ptq.config import CalibrationConfig
+from .qat.callback import QATCallback, update_codebooks
+from .qat.config import QATConfig
+from .qat.distillation import Distillation
+from .qat.prepare import restore_qat
 
 __all__ = [
-    "ClusterFakeQuantize",
+    "CalibrationConfig",
+    "Distillation",
     "QATCallback",
-    "assign",
-    "kmeans_1d",
+    "QATConfig",
     "prepare_qat",
-    "quantize_model",
+    "quantize",
     "restore_qat",
     "update_codebooks",
 ]

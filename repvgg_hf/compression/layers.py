@@ -1,9 +1,6 @@
-"""Which layers of a model are quantized, and how."""
+"""Finding the layers of a model that are quantized, and what becomes of each."""
 
-import copy
-import dataclasses
-import difflib
-import inspect
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,38 +12,25 @@ from .codebooks.weights import QuantizedWeight, quantize_weight
 logger = logging.get_logger(__name__)
 
 
-def resolve_config(method: str | ClusterConfig | None, bits: int | None, options: dict) -> ClusterConfig:
-    """A [`ClusterConfig`] from the arguments of `quantize` and `prepare_qat`."""
-    if isinstance(method, str) or method is None:
-        method = ClusterConfig(method=method or "cluster", bits=4 if bits is None else bits, **options)
-        bits, options = None, {}
-    if not hasattr(method, "bits_of"):  # no isinstance: it may be of a copy of the code that came with a checkpoint
-        raise ValueError(f"method must be 'cluster', 'uniform' or a ClusterConfig, got {method!r}.")
-    if bits is not None or options:
-        raise ValueError("Give either a whole ClusterConfig or its arguments, not both.")
-    return copy.deepcopy(method)  # saving writes a checksum into the model's own
+@dataclass
+class QuantizedLayer:
+    """The quantized form of a float layer.
 
-
-def split_options(options: dict, *classes) -> list[dict]:
-    """`options` by the dataclass in `classes` that has them as fields; at the end those of [`ClusterConfig`].
-
-    Raises `TypeError` naming one that nobody has, and what it may have been meant to be.
+    Attributes:
+        weight ([`QuantizedWeight`]): its codes (indices of a few bits), codebook (the values that they select) and
+            channel scale (a factor for each output channel).
+        bias (`torch.Tensor`, *optional*): `[out]` if it changes, else `None`.
+        input_range (`tuple[float, int]`, *optional*): (scale, zero point) of its input if that is quantized.
     """
-    names = [[field.name for field in dataclasses.fields(options_class)] for options_class in classes]
-    parameters = inspect.signature(ClusterConfig).parameters.values()
-    names.append([parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD])
-    known = sum(names, [])
-    for name in options:
-        if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(sorted(set(known)))}."
-            raise TypeError(f"Unknown quantization option {name!r}: {hint}")
-    return [{name: options[name] for name in own if name in options} for own in names]
+
+    weight: QuantizedWeight
+    bias: torch.Tensor | None = None
+    input_range: tuple[float, int] | None = None
 
 
 @torch.no_grad()
 def fused_layers(model) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """(the fused convolutions of the blocks of branches, all layers once these are in place), both by name.
+    """Return (the fused convolutions of the blocks of branches, all layers once these are in place), both by name.
 
     The model itself is not changed.
     """
@@ -84,3 +68,9 @@ def quantize_layer(
         return quantize_weight(layer.weight, bits, groups, config, importance)
     except ValueError as error:
         raise ValueError(f"{name!r} can't be quantized: {error}") from error
+
+
+def quantize_layers(layers: dict[str, nn.Module], config: ClusterConfig) -> dict[str, QuantizedLayer]:
+    """Quantize those of the fused `layers` that `config` converts, for the least weight error."""
+    chosen = {name: layer for name, layer in layers.items() if config.converts(name)}
+    return {name: QuantizedLayer(quantize_layer(name, layer, config)) for name, layer in chosen.items()}

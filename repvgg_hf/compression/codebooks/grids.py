@@ -1,4 +1,4 @@
-"""Codebooks whose entries are numbers of the dtype that stores them, optimized as such.
+"""Codebooks whose entries are numbers of the dtype that stores them (float16, int8), optimized as such.
 
 Rounding the best codebook does not give the best rounded codebook: the clusters should follow the rounded entries, and
 where two entries become one, another is free.
@@ -14,7 +14,7 @@ CHUNK_LEVELS = 2048  # of all groups at a time, which bounds the memory of the d
 
 
 def lloyd(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Lloyd's iteration from an ascending `codebook` `[groups, k]`, each mean rounded to `dtype`; float32.
+    """Run Lloyd's iteration from an ascending `codebook` `[groups, k]`, with each mean rounded to `dtype`; float32.
 
     The rounded mean is the best entry of that dtype for an interval, so the error never grows.
     """
@@ -27,7 +27,7 @@ def lloyd(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def fit_grid(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An ascending codebook of `dtype`, as float32, that is no worse than the rounded `codebook` `[groups, k]`.
+    """Find an ascending codebook of `dtype`, as float32, that is no worse than the rounded `codebook` `[groups, k]`.
 
     No entry comes twice as long as another number instead would reduce the error.
     """
@@ -46,9 +46,9 @@ def fit_grid(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype) -
 
 
 def _most_useful_entry(groups: SortedGroups, codebook: torch.Tensor, dtype: torch.dtype):
-    """A number of `dtype` to add to each `codebook` `[groups, k]`, and by how much it reduces the error, `[groups]`.
+    """Find a number of `dtype` to add to each `codebook` `[groups, k]`, and by how much it reduces the error.
 
-    Tried are the neighbors of every entry and the means of what it stands for on either side of it.
+    Both are `[groups]`. Tried are the neighbors of every entry, and the means of what it stands for on either side.
     """
     cuts = groups.cuts(codebook)
     ends = cuts.unfold(1, 2, 1)  # [groups, k, 2]
@@ -76,10 +76,8 @@ def _most_useful_entry(groups: SortedGroups, codebook: torch.Tensor, dtype: torc
     return tried.gather(1, best[:, None])[:, 0], gain
 
 
-def best_integers(
-    mass: torch.Tensor, first: torch.Tensor, lowest: int, k: int, preserve_zero: bool = False
-) -> torch.Tensor:
-    """The `k` of the integers from `lowest` that, as a codebook, have the least squared error; float32 `[groups, k]`.
+def best_integers(mass: torch.Tensor, first: torch.Tensor, lowest: int, k: int) -> torch.Tensor:
+    """Find the `k` integers from `lowest` that have the least squared error as a codebook, float32 `[groups, k]`.
 
     A value's nearest integer of any choice depends only on the half-integers between which it lies, so that is all that
     needs to be known of the values, and dynamic programming over the levels is exact.
@@ -87,14 +85,13 @@ def best_integers(
     Args:
         mass, first: float64 `[groups, 2 * levels]`, mass and first moment (about 0) of the values up to `lowest`, from
             each half-integer to the next, and above the highest level.
-        preserve_zero: 0 is one of them.
     """
     chunk = max(1, CHUNK_LEVELS // (mass.shape[1] // 2))
     chunks = zip(mass.split(chunk), first.split(chunk))
-    return torch.cat([_best_integers(*part, lowest, k, preserve_zero) for part in chunks])
+    return torch.cat([_best_integers(*part, lowest, k) for part in chunks])
 
 
-def _best_integers(mass, first, lowest, k, preserve_zero):
+def _best_integers(mass, first, lowest, k):
     levels = mass.shape[1] // 2
     index = torch.arange(levels, device=mass.device)
     level = (lowest + index).double()
@@ -110,11 +107,7 @@ def _best_integers(mass, first, lowest, k, preserve_zero):
     cost = cost.sub_(first.unfold(1, levels, 1)[:, :levels], alpha=2).mul_(lower - upper)
     cost += below[:, :, None] - below[:, None, :]
 
-    forbidden = index >= index[:, None]
-    if preserve_zero:
-        forbidden = forbidden | ((lower < 0) & (upper > 0))
-        below, above = below.masked_fill(level > 0, float("inf")), above.masked_fill(level < 0, float("inf"))
-    cost = cost.clamp_min_(0).masked_fill_(forbidden, float("inf")).float()
+    cost = cost.clamp_min_(0).masked_fill_(index >= index[:, None], float("inf")).float()
     best = [below.float()]  # that end at a level, of one entry, two, ...
     for _ in range(k - 1):
         best.append((best[-1][:, None, :] + cost).amin(dim=2))

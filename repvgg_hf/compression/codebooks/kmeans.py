@@ -1,8 +1,8 @@
-"""One-dimensional weighted k-means, batched over groups.
+"""One-dimensional weighted k-means for many groups of values at once, without random starts.
 
-On sorted values a cluster is an interval, so dynamic programming finds the best clusters without any restarts: first
-among some tens of candidate cuts, then with all cuts moving at once within ever narrower reach. Lloyd's iteration ends
-it.
+On sorted values a cluster is an interval between two *cuts*, positions in the order. So dynamic programming finds the
+best clusters: first among some tens of candidate cuts, then with all cuts moving at once within ever narrower reach.
+Lloyd's iteration ends it.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from .grids import fit_grid, lloyd
 from .sorted_groups import CHUNK_VALUES, SortedGroups
 
-CANDIDATES = 6  # cuts for each cluster to choose from at first, or one for so many values:
-VALUES_A_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and also for a group alone, which can afford it
+CANDIDATES_PER_CLUSTER = 6  # cuts to choose from at first, or one for so many values:
+VALUES_PER_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and also for a group alone, which can afford it
 SPAN, LEAST_SPAN = 4, 32  # a cluster takes in at most that multiple of its share of these, or that many
 REFINEMENT = (0.3, 0.05)  # how far a cut can move, in widths of the intervals beside it
 MOVES = 6  # positions either way to choose from
@@ -20,10 +20,11 @@ CHUNK_CANDIDATES = 12288  # of all groups at a time, which bounds the memory of 
 
 
 def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
-    """Ascending positions to cut the sorted values at, `[groups, count + 1]`: everywhere if there are at most `count`.
+    """Choose ascending positions to cut the sorted values at, `[groups, count + 1]`.
 
-    Else as densely as the best quantizer with many entries would (Panter and Dite 1951), the cube root of the density,
-    but never more than about one in a gap between two values. It resolves the bulk of a distribution and its tails.
+    These are all positions if there are at most `count` values. Else they lie as densely as the entries of the best
+    quantizer with many entries (Panter and Dite 1951), by the cube root of the density, but never more than about one
+    in a gap between two values. That resolves the bulk of a distribution and its tails.
     """
     number, n = groups.values.shape
     if n <= count:
@@ -47,20 +48,22 @@ def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
 
 
 def candidate_count(number: int, n: int, k: int) -> int:
-    """How many intervals of their `n` values the `k` clusters of `number` groups are at first made of."""
-    return MOST_CANDIDATES if number == 1 else min(max(CANDIDATES * k, n // VALUES_A_CANDIDATE), MOST_CANDIDATES)
+    """Return of how many intervals of their `n` values the `k` clusters of `number` groups are made at first."""
+    if number == 1:
+        return MOST_CANDIDATES
+    return min(max(CANDIDATES_PER_CLUSTER * k, n // VALUES_PER_CANDIDATE), MOST_CANDIDATES)
 
 
 def _spread(mass: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """By how much less an interval with these moments spreads about its mean than about `center`.
+    """Return by how much less an interval with these moments spreads about its mean than about `center`.
 
-    Uses up its arguments: those of all intervals are the largest tensors there are.
+    The arguments are overwritten: those of all intervals are the largest tensors there are.
     """
     return first.square_().div_(mass.clamp_min_(1e-300))
 
 
 def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Tensor:
-    """The best `k` intervals between candidate `cuts` `[groups, m + 1]`, as cuts `[groups, k + 1]`.
+    """Find the best `k` intervals between candidate `cuts` `[groups, m + 1]`, as cuts `[groups, k + 1]`.
 
     Only intervals of up to `SPAN` times the average number of candidates (or `LEAST_SPAN`) are tried.
     """
@@ -93,7 +96,7 @@ def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Te
 
 
 def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tensor:
-    """The best intervals with every cut moved by up to `reach` times the narrower interval beside it, as cuts.
+    """Find the best intervals with every cut moved by up to `reach` times the narrower interval beside it, as cuts.
 
     A cut has a few evenly spaced positions to choose from, at least one value apart. All cuts move together, where
     Lloyd's iteration gets stuck as soon as no single value changes its side.
@@ -130,7 +133,7 @@ def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tens
 
 
 def few_distinct(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Which rows of the sorted `values` `[groups, n]` have at most `k` distinct ones, `[groups]`."""
+    """Return which rows of the sorted `values` `[groups, n]` have at most `k` distinct ones, bool `[groups]`."""
     some = torch.arange(k + 1, device=values.device) * (values.shape[1] - 1) // k
     if (values[:, some].diff(dim=1) > 0).all():
         return torch.zeros_like(values[:, 0], dtype=torch.bool)  # as a rule: no need to look at every value
@@ -138,7 +141,7 @@ def few_distinct(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def distinct_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
-    """The first `k` distinct values of each group, the last one repeated, `[groups, k]`."""
+    """Return the first `k` distinct values of each group, the last one repeated, `[groups, k]`."""
     rank = pad((groups.values.diff(dim=1) != 0).cumsum(dim=1), (1, 0))
     codebook = groups.values[:, -1:].repeat(1, k + 1)
     codebook.scatter_(1, rank.clamp_max(k), groups.values)  # everything beyond the first k lands in the extra column
@@ -146,7 +149,7 @@ def distinct_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
 
 
 def optimal_codebook(groups: SortedGroups, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """See [`kmeans_1d`]."""
+    """Cluster all groups at once; see [`kmeans_1d`], which hands over as many as suit the memory."""
     n = groups.values.shape[1]
     few = few_distinct(groups.values, k)
     if few.all():
@@ -169,47 +172,33 @@ def kmeans_1d(
     values: torch.Tensor,
     k: int,
     weights: torch.Tensor | None = None,
-    preserve_zero: bool = False,
-    symmetric: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Ascending codebooks `[groups, k]`, float32, near the least weighted squared error on `values` `[groups, n]`.
+    """Cluster the values of each group into `k` clusters, near the least weighted squared error.
 
     Args:
         values: `[groups, n]`, finite, any float dtype.
-        k: entries of each codebook; even if `symmetric`.
+        k: number of clusters, and so of entries of each codebook.
         weights: `[groups, n]`, the importance of each value, not negative; `None` for equal ones.
-        preserve_zero: one entry is exactly 0, and the others are the best beside it.
-        symmetric: the codebook is its mirror image: the best one of the magnitudes, with both signs. With
-            `preserve_zero` that is zero and `k / 2 - 1` pairs; zero comes twice, so that one code is unused.
-        dtype: that will store the codebook: its entries are numbers of that dtype, optimized as such.
+        dtype: the one that will store the codebook: its entries are numbers of that dtype, optimized as such.
 
-    A group with at most `k` distinct values gets exactly these, the last one repeated. Deterministic, whatever the
-    order of the values. The error is within 1.0002 of the optimum on large groups and on the average of many small
-    ones, as tests/compression/test_clustering.py measures it.
-    """
-    if symmetric:
-        return mirrored(kmeans_1d(values.abs(), k // 2, weights, preserve_zero, dtype=dtype))
+    Returns the clusters' means, ascending codebooks `[groups, k]`, float32. A group with at most `k` distinct values
+    gets exactly these, the last one repeated. The result does not depend on the order of the values. The error is
+    within 1.0002 of the optimum on large groups and on the average of many small ones, as
+    tests/compression/codebooks/test_kmeans.py measures it.
+
+    Example:
+    ```python
+    >>> import torch
+    >>> from repvgg_hf.compression.codebooks.kmeans import kmeans_1d
+
+    >>> kmeans_1d(torch.tensor([[0.0, 1.0, 10.0, 12.0]]), k=2)
+    tensor([[ 0.5000, 11.0000]])
+    ```"""
     number, n = values.shape
     chunk = max(1, min(CHUNK_CANDIDATES // candidate_count(number, n, k), 2 * CHUNK_VALUES // n))
     codebooks = []
     for start in range(0, number, chunk):
         part = None if weights is None else weights[start : start + chunk]
-        codebooks.append(optimal_codebook(SortedGroups(values[start : start + chunk], part, preserve_zero), k, dtype))
+        codebooks.append(optimal_codebook(SortedGroups(values[start : start + chunk], part), k, dtype))
     return torch.cat(codebooks)
-
-
-def mirrored(codebook: torch.Tensor) -> torch.Tensor:
-    """A codebook of magnitudes `[groups, k]` with both signs, `[groups, 2 * k]`."""
-    return torch.cat([0 - codebook.flip(1), codebook], dim=1)
-
-
-def assign(values: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest entry of each ascending codebook: `values` `[groups, n]`, `codebook` `[groups, k]`.
-
-    Returns uint8 `[groups, n]`; a value in the middle takes the lower entry.
-    """
-    middles = ((codebook[:, 1:] + codebook[:, :-1]) / 2).contiguous()
-    if codebook.shape[0] == 1:
-        return torch.bucketize(values, middles[0], out_int32=True).to(torch.uint8)
-    return torch.searchsorted(middles, values.contiguous(), out_int32=True).to(torch.uint8)

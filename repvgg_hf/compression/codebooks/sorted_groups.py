@@ -1,4 +1,8 @@
-"""Sorted values with prefix sums, in which any interval's mass and mean cost no more than looking up its ends."""
+"""Sorted values with prefix sums: the mass and the mean of any interval cost no more than looking up its ends.
+
+*Cuts* are positions in the order, and neighboring ones enclose an interval. All fitting in this folder builds on them:
+k-means, grids, uniform ranges, channel scales.
+"""
 
 import numpy as np
 import torch
@@ -8,7 +12,6 @@ HISTOGRAM_VALUES = 2**17  # more values in a group are counted into bins: quicke
 COARSE_BINS, FINE_BINS = 2**12, 2**16
 LEAST_BINS = 2**12  # values that fill fewer are sorted after all
 CHUNK_VALUES = 2**17  # of temporaries, which bounds the memory and lets them stay in a cache
-PINNED_MASS = 1e6  # of the point that pins an entry to zero, in multiples of all others' mass
 
 
 class SortedGroups:
@@ -20,69 +23,47 @@ class SortedGroups:
     Args:
         values: `[groups, n]`, any float dtype.
         weights: `[groups, n]`, the importance of each value, not negative; `None` for equal ones.
-        preserve_zero: add a point at zero that outweighs all values, so that the best codebook has an entry there and
-            is otherwise the best beside it.
 
     Attributes:
         values: float32 `[groups, points]`.
         mass, first: float64 `[groups, points + 1]`, prefix sums; `first` is about `center`, float64 `[groups, 1]`.
         second: float64 `[groups]`, the second moment about `center` of all values.
-        zero: int64 `[groups, 1]`, the index of the point at zero, if there is one.
     """
 
-    def __init__(self, values: torch.Tensor, weights: torch.Tensor | None = None, preserve_zero: bool = False):
+    def __init__(self, values: torch.Tensor, weights: torch.Tensor | None = None):
         values = values.detach().float()
         weights = None if weights is None else weights.detach().float()
         # float64 and centered: a cluster's error is a difference of large sums
         low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # aminmax is not vectorized
         # of the range and not the mean, which PyTorch takes of a float64 copy of all
         self.center = (low.double() + high) / 2
-        if preserve_zero:
-            self.center.zero_()
         points = None
         if values.shape[1] > HISTOGRAM_VALUES:
             points = _histogram(values, weights, self.center, low, high)
         if points is None:
             points = _sorted(values, weights, self.center)
         self.values, self.mass, self.first, self.second = points
-        self.zero = self._pin_zero() if preserve_zero else None
-
-    def _pin_zero(self) -> torch.Tensor:
-        """Insert the point at zero; its index, `[groups, 1]`."""
-        number, n = self.values.shape
-        zero = torch.searchsorted(self.values, self.values.new_zeros(number, 1))
-        index = torch.arange(n + 2, device=zero.device).expand(number, -1)
-        behind = index > zero
-        pinned = PINNED_MASS * self.mass[:, -1:].clamp_min(1e-30)
-        self.mass = self.mass.gather(1, index - behind.long()) + pinned * behind
-        self.first = self.first.gather(1, index - behind.long())
-        values = self.values.gather(1, (index - behind.long())[:, :-1].clamp_max(n - 1))
-        self.values = values.masked_fill(index[:, :-1] == zero, 0.0)
-        return zero
 
     def cuts(self, codebook: torch.Tensor) -> torch.Tensor:
-        """Where the intervals of an ascending `codebook` `[groups, k]`'s entries begin and end, `[groups, k + 1]`."""
+        """Return the cuts `[groups, k + 1]` between what is nearest to each entry of an ascending `codebook`."""
         middles = (codebook[:, 1:] + codebook[:, :-1]) / 2
         return self.closed(torch.searchsorted(self.values, middles.contiguous(), right=True))
 
     def closed(self, inner: torch.Tensor) -> torch.Tensor:
-        """`inner` cuts `[groups, k - 1]` between the two ends, `[groups, k + 1]`."""
+        """Add the two ends to `inner` cuts `[groups, k - 1]`: `[groups, k + 1]`."""
         return pad(pad(inner, (1, 0)), (0, 1), value=self.values.shape[1])
 
     def moments(self, cuts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mass and first moment about `center` between the `cuts` `[groups, k + 1]`, each float64 `[groups, k]`."""
+        """Return mass and first moment about `center` between `cuts` `[groups, k + 1]`, each float64 `[groups, k]`."""
         return self.mass.gather(1, cuts).diff(dim=1), self.first.gather(1, cuts).diff(dim=1)
 
     def means(self, cuts: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-        """Mean of each interval, float32: that of `empty` `[groups, k]` for one without mass, 0 for the one of zero."""
+        """Return the mean of each interval, float32 `[groups, k]`; for one without mass, what `empty` has there."""
         mass, first = self.moments(cuts)
-        means = torch.where(mass > 0, first / mass.clamp_min(1e-300) + self.center, empty.double()).float()
-        if self.zero is not None:
-            means.scatter_(1, torch.searchsorted(cuts[:, 1:].contiguous(), self.zero, right=True), 0.0)
-        return means
+        return torch.where(mass > 0, first / mass.clamp_min(1e-300) + self.center, empty.double()).float()
 
     def entry_moments(self, codebooks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`moments`] of what is nearest to each entry of ascending `codebooks` `[groups, candidates, k]`.
+        """Return the [`moments`] of what is nearest to each entry of ascending `codebooks` `[groups, candidates, k]`.
 
         A value in the middle goes to the lower entry.
         """
@@ -93,7 +74,7 @@ class SortedGroups:
         return tuple(prefix.gather(1, cuts).view(shape).diff(dim=2) for prefix in (self.mass, self.first))
 
     def errors(self, entries: torch.Tensor, factors: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-        """[`error`] of every codebook `entries * factor + offset`, float64 `[groups, candidates]`.
+        """Return the [`error`] of every codebook `entries * factor + offset`, float64 `[groups, candidates]`.
 
         `entries` is `[groups, k]` or `[1, k]`, ascending; `factors` (positive) and `offsets` `[groups, candidates]`.
         """
@@ -109,19 +90,19 @@ class SortedGroups:
         return torch.cat(errors, dim=1).clamp_min_(0)
 
     def error(self, codebook: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of squared errors of the nearest entry of an ascending `codebook` `[groups, k]`, float64."""
+        """Return each group's weighted sum of squared distances from an ascending `codebook` `[groups, k]`, float64."""
         return self.errors(codebook, torch.ones_like(self.values[:, :1]))[:, 0]
 
 
 def ascending(rows: torch.Tensor) -> torch.Tensor:
-    """Every row of `rows` sorted. NumPy needs a sixth of PyTorch's time, which makes an index as well."""
+    """Sort every row of `rows`. NumPy needs a sixth of the time of PyTorch, which makes an index as well."""
     if rows.device.type == "cpu":
         return torch.from_numpy(np.sort(rows.numpy(), axis=1))
     return rows.sort(dim=1).values
 
 
 def ascending_pairs(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row of the float32 `values` sorted, and the float32 `weights`, not negative, in their order.
+    """Sort every row of the float32 `values`, and the float32 `weights`, not negative, along with them.
 
     Both travel in one integer, the value in its upper half: quicker than gathering, and equal values have an order.
     """
@@ -131,12 +112,12 @@ def ascending_pairs(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.
 
 
 def _ordered(bits: torch.Tensor) -> torch.Tensor:
-    """The bits of float32 numbers as integers of the same order, and back: those of negative ones are inverted."""
+    """Turn the bits of float32 numbers into integers of the same order, and back: negative ones are inverted."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _sorted(values, weights, center):
-    """`values`, `mass`, `first` and `second` of [`SortedGroups`]: every value a point."""
+    """Make `values`, `mass`, `first` and `second` of [`SortedGroups`] with every value as a point."""
     number, n = values.shape
     ordered = torch.empty_like(values)
     first = values.new_zeros(number, n + 1, dtype=torch.float64)
@@ -162,7 +143,7 @@ def _sorted(values, weights, center):
 
 
 def _histogram(values, weights, center, low, high):
-    """`values`, `mass`, `first` and `second` of [`SortedGroups`]: bins as points, or `None` if too few are in use.
+    """Make `values`, `mass`, `first` and `second` of [`SortedGroups`] with bins as points; `None` if few are in use.
 
     A first pass counts into even bins. Each is then divided as finely as the best quantizer with many entries would
     (Panter and Dite 1951), the cube root of its mass, so that narrow peaks and long tails are both resolved.

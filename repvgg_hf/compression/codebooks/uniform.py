@@ -1,10 +1,15 @@
-"""Ranges of evenly spaced codebooks: those that take in every weight, or those with the least squared error."""
+"""Evenly spaced codebooks, the usual integer quantization: `offset + step * integers`.
+
+A *range* is the offset and the step of such a codebook: one that takes in every weight ("minmax"), or the one with the
+least squared error ("mse"). It is *affine* if it has an offset; without one, zero is an entry (symmetric).
+"""
 
 import torch
 
+from ...runtime.quantization_cluster import ClusterConfig
+from .codes import TINY
 from .sorted_groups import SortedGroups
 
-TINY = 1e-30  # least step
 # Factors by which ranges are stretched, at first the one that takes in every weight, then the best so far.
 STEPS = (
     tuple(1.1 * 300.0 ** (-i / 47) for i in range(48)),
@@ -24,15 +29,49 @@ LEAST_SQUARES_STEPS = 4  # in each of them
 Range = tuple[torch.Tensor, torch.Tensor]  # offsets and steps of the codebooks `offset + step * integers`
 
 
+def fit_uniform(
+    rows: torch.Tensor, k: int, groups: int, config: ClusterConfig, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fit evenly spaced codebooks to a weight: the `fit` of the method `"uniform"`.
+
+    Args:
+        rows: float32 `[out, n]`.
+        k: entries of a codebook.
+        groups: number of codebooks; each is for `out / groups` consecutive rows.
+        config: its `symmetric`, `range_method` and `channel_scale` say what kind of codebook.
+        importance: `[out, n]`, of each weight, not negative; `None` for equal ones.
+
+    Returns the ascending codebooks `[groups, k]`, float32, and the scale. With `channel_scale` the codebooks are
+    integers, and a channel's step is its scale `[out]`; else the scale is `None`.
+    """
+    affine = not config.symmetric
+    integers = torch.arange(k, dtype=torch.float32, device=rows.device)
+    if not affine:
+        integers = symmetric_integers(k, rows.device)
+    sets = len(rows) if config.channel_scale else groups
+    values = rows.reshape(sets, -1)
+    if config.range_method == "mse":
+        weights = None if importance is None else importance.reshape(sets, -1)
+        offset, step = best_range(values, integers, affine, weights)
+    else:
+        offset, step = whole_range(values, integers, affine)
+    if config.channel_scale:
+        return integers.repeat(groups, 1), step.clamp_min(TINY)
+    return offset[:, None] + step[:, None] * integers, None
+
+
 def symmetric_integers(k: int, device: torch.device | None = None) -> torch.Tensor:
-    """`-k/2 .. k/2 - 1`, but -1 and 1 for `k = 2`; float32 `[k]`."""
+    """Return the integers of a symmetric codebook, `-k/2 .. k/2 - 1`, but -1 and 1 for `k = 2`; float32 `[k]`."""
     if k == 2:
         return torch.tensor([-1.0, 1.0], device=device)
     return torch.arange(-(k // 2), k // 2, dtype=torch.float32, device=device)
 
 
 def whole_range(values: torch.Tensor, integers: torch.Tensor, affine: bool) -> Range:
-    """From the least to the largest of `values` `[sets, n]`, or from zero as far as the largest magnitude; `[sets]`."""
+    """Return the range that takes in all of `values` `[sets, n]`: offset and step, float32 `[sets]`.
+
+    It goes from the least to the largest value, or, if it is not affine, as far from zero as the largest magnitude.
+    """
     low, high = values.aminmax(dim=1)
     if not affine:
         return torch.zeros_like(low), torch.maximum(-low, high).clamp_min(TINY) / integers[-1]
@@ -43,7 +82,7 @@ def whole_range(values: torch.Tensor, integers: torch.Tensor, affine: bool) -> R
 def best_range(
     values: torch.Tensor, integers: torch.Tensor, affine: bool, importance: torch.Tensor | None = None
 ) -> Range:
-    """The range of the codebook `offset + step * integers` with the least squared error on each set of `values`.
+    """Find the range of the codebook `offset + step * integers` with the least squared error on each set of values.
 
     The error has many local minima. So many candidates are tried, then more around the best of them, and the best of
     these are improved by alternating least squares.
@@ -70,20 +109,20 @@ def best_range(
 
 
 def _best(sets: SortedGroups, ranges: Range, integers: torch.Tensor, count: int) -> Range:
-    """The `count` ranges with the least error, of `[sets, ranges]`."""
+    """Choose the `count` ranges with the least error, of `[sets, ranges]`."""
     offsets, steps = ranges
     best = sets.errors(integers[None], steps, offsets).topk(min(count, steps.shape[1]), dim=1, largest=False).indices
     return offsets.gather(1, best), steps.gather(1, best)
 
 
 def _stretched_steps(sets: SortedGroups, ranges: Range, integers: torch.Tensor, factors: torch.Tensor) -> Range:
-    """Every multiple of the steps."""
+    """Return ranges without offset with every multiple of the steps, `[sets, ranges * factors]`."""
     steps = (ranges[1][:, :, None] * factors).flatten(1)
     return torch.zeros_like(steps), steps
 
 
 def _stretched_ends(sets: SortedGroups, ranges: Range, integers: torch.Tensor, factors: torch.Tensor) -> Range:
-    """Every combination of multiples of the distances of the two ends from the mean."""
+    """Return ranges whose two ends lie at all multiples of their distances from the mean, `[sets, candidates]`."""
     mean = sets.center.float()[:, :, None]
     low, high = (ranges[0] + ranges[1] * integers[end] for end in (0, -1))  # [sets, ranges]
     low = (mean + (low[:, :, None] - mean) * factors)[:, :, :, None]
@@ -93,7 +132,7 @@ def _stretched_ends(sets: SortedGroups, ranges: Range, integers: torch.Tensor, f
 
 
 def _least_squares(sets: SortedGroups, ranges: Range, integers: torch.Tensor, affine: bool) -> Range:
-    """The best ranges for the codes that the nearest entries have, `[sets, candidates]`."""
+    """Fit each of the ranges `[sets, candidates]` by least squares to the codes that its nearest entries give."""
     offsets, steps = ranges
     mass, first = sets.entry_moments(offsets[:, :, None] + steps[:, :, None] * integers)
     first = first + sets.center[:, :, None] * mass

@@ -1,21 +1,16 @@
-"""The range in which a layer's input is quantized, found from a histogram of the values it takes.
+"""Finding the range in which a layer's input is quantized, from a histogram of the values that it takes.
 
 A range is a scale and a zero point: the integers q from 0 to `2**bits - 1` stand for `scale * (q - zero_point)`.
 """
 
 import math
 
-import numpy as np
 import torch
 
 PIECE = 2**20  # values that are counted at once: they bound the memory and fit the cache
 MIN_EXPONENT = -126  # of a bin's width: smaller ones are no normal float32
-# fractions of the extremes that are tried for the ends of the range, then around the best
-COARSE = torch.logspace(0, -2, 48, dtype=torch.float64)
-FINE = COARSE[1] ** torch.linspace(-1, 1, 15, dtype=torch.float64)
 CANDIDATES_AT_ONCE = 128
-PERCENTILE = 99.99
-METHODS = ("minmax", "percentile", "mse", "entropy")
+METHODS = ("minmax", "mse")
 
 
 class RangeObserver:
@@ -71,15 +66,12 @@ class RangeObserver:
             self.exponent, self.first = exponent, first
 
     def quantization(self, bits: int, method: str = "mse") -> tuple[float, int]:
-        """The `(scale, zero_point)` for integers of `bits` bits (2 to 8); the scale is a normal float32 number.
+        """Return the `(scale, zero_point)` for integers of `bits` bits, 2 to 8; the scale is a normal float32 number.
 
-        `method` chooses the range: from minimum to maximum (`"minmax"`), without the 0.01 % of values farthest out
-        (`"percentile"`; in equal parts at both ends if there are negative values), with the least squared error of the
-        rounded values (`"mse"`), or with the least Kullback-Leibler divergence of their distribution (`"entropy"`, as
-        TensorRT calibrates: Migacz, "8-bit inference with TensorRT", GTC 2017).
-
-        The range includes zero, and begins with it (zero point 0) if no value was negative. If all values were zero
-        the scale is `1 / (2**bits - 1)`. Raises `ValueError` if nothing was observed or an argument is unknown.
+        `method` chooses the range: from the minimum to the maximum (`"minmax"`), or the one with the least squared
+        error of the rounded values (`"mse"`). The range includes zero, and begins with it (zero point 0) if no value
+        was negative. If all values were zero the scale is `1 / (2**bits - 1)`. Raises `ValueError` if nothing was
+        observed or an argument is unknown.
         """
         if type(bits) is not int or not 2 <= bits <= 8:
             raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}.")
@@ -89,77 +81,43 @@ class RangeObserver:
             raise ValueError("No values were observed: call update() with a layer's inputs first.")
         if self.min == self.max == 0:
             return torch.tensor(1 / (2**bits - 1)).item(), 0
-        if method in ("mse", "entropy"):
-            scale, zero_point = self._best_candidate(bits, _squared_error if method == "mse" else _divergence)
+        if method == "minmax":
+            scale, zero_point = _affine(*torch.tensor([self.min, self.max], dtype=torch.float64), bits)
         else:
-            low, high = (self.min, self.max) if method == "minmax" else self._percentiles()
-            scale, zero_point = _affine(*torch.tensor([low, high], dtype=torch.float64), bits)
+            scale, zero_point = self._least_squared_error(bits)
         return scale.item(), int(zero_point.item())
 
-    def _percentiles(self) -> tuple[float, float]:
-        """The ends of the range that keeps `PERCENTILE` percent of the values, interpolated within a bin."""
-        # the zeros are a bin of no width
-        edges = np.ldexp(self.first + np.arange(len(self.counts) + 1.0), self.exponent)
-        edges = np.insert(edges, -self.first, 0.0)
-        reached = np.insert(self.counts.numpy(), -self.first, self.zeros).cumsum()
-        reached = np.insert(reached, 0, 0) / reached[-1]
-        outside = 1 - PERCENTILE / 100
-        tails = (outside / 2, 1 - outside / 2) if self.min < 0 else (0.0, 1 - outside)
-        low, high = np.interp(tails, reached, edges)
-        low, high = max(low, self.min), min(high, self.max)
-        # nearly nothing but zeros: the few others are all there is to represent
-        return (low, high) if min(low, 0) < max(high, 0) else (self.min, self.max)
-
-    def _best_candidate(self, bits: int, loss) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range with the least `loss` among those whose ends are fractions of the minimum and the maximum."""
+    def _least_squared_error(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search the range of least squared error among those whose ends are fractions of the minimum and maximum."""
         occupied = self.counts > 0
         centers = ((self.first + torch.arange(len(self.counts)))[occupied] + 0.5).double() * 2.0**self.exponent
         counts = self.counts[occupied].double()
         low, high = torch.tensor([min(self.min, 0), max(self.max, 0)], dtype=torch.float64)
-        for fractions in (COARSE, FINE):
+        # fractions of the extremes that are tried for the ends of the range, then around the best
+        coarse = torch.logspace(0, -2, 48, dtype=torch.float64)
+        fine = coarse[1] ** torch.linspace(-1, 1, 15, dtype=torch.float64)
+        for fractions in (coarse, fine):
             lows = low * fractions.clamp_max(self.min / low) if low < 0 else low[None]
             highs = high * fractions.clamp_max(self.max / high) if high > 0 else high[None]
             lows, highs = lows.repeat_interleave(len(highs)), highs.repeat(len(lows))
             scale, zero_point = _affine(lows, highs, bits)
             pieces = zip(scale[:, None].split(CANDIDATES_AT_ONCE), zero_point[:, None].split(CANDIDATES_AT_ONCE))
-            losses = torch.cat([loss(centers, counts, *piece, 2**bits - 1) for piece in pieces])
-            if loss is _divergence:  # of steps within a bin the histogram can't tell
-                losses[scale < 2.0**self.exponent] = math.inf
-            best = losses.argmin()
+            best = torch.cat([_squared_error(centers, counts, *piece, 2**bits - 1) for piece in pieces]).argmin()
             low, high = lows[best], highs[best]
         return scale[best], zero_point[best]
 
 
 def _affine(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale, a normal float32 number, and zero point for ranges from `low` to `high`, widened to include zero."""
+    """Return (scale, zero point) for ranges from `low` to `high`, widened to include zero.
+
+    The scale is a normal float32 number.
+    """
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / (2**bits - 1)).float().clamp_min(torch.finfo(torch.float32).tiny).double()
     return scale, (-low / scale).round()
 
 
 def _squared_error(centers, counts, scale, zero_point, highest) -> torch.Tensor:
-    """The summed squared error of `counts` `[n]` values at `centers` `[n]` for candidates `[c, 1]`; `[c]`."""
+    """Sum the squared error of `counts` `[n]` values at `centers` `[n]` for candidates `[c, 1]`; returns `[c]`."""
     integers = ((centers / scale).round() + zero_point).clamp(0, highest)
     return ((integers - zero_point) * scale - centers).square() @ counts
-
-
-def _divergence(centers, counts, scale, zero_point, highest) -> torch.Tensor:
-    """The Kullback-Leibler divergence of the clipped histogram from its quantized one, for candidates `[c, 1]`; `[c]`.
-
-    What lies outside of the range is added to the outermost bins inside; the quantized histogram spreads what each
-    integer stands for evenly over its bins, and has nothing from outside.
-    """
-    integers = (centers / scale).round() + zero_point
-    inside = (integers >= 0) & (integers <= highest)
-    mass = counts * inside  # [c, n]
-    level = integers.clamp(0, highest).long()
-    levels = torch.zeros(len(scale), highest + 1, dtype=torch.float64)
-    spread = levels.scatter_add(1, level, mass) / levels.scatter_add(1, level, inside.double())
-    quantized = torch.where(inside, spread.gather(1, level), 0)
-    below, above = (counts * (integers < 0)).sum(dim=1), (counts * (integers > highest)).sum(dim=1)
-    rows = torch.arange(len(scale))
-    mass[rows, inside.int().argmax(dim=1)] += below
-    mass[rows, inside.shape[1] - 1 - inside.flip(1).int().argmax(dim=1)] += above
-    target, quantized = mass / mass.sum(dim=1, keepdim=True), quantized / quantized.sum(dim=1, keepdim=True)
-    divergence = torch.where(inside, target * (target / quantized).log(), 0).sum(dim=1)
-    return torch.where(inside.any(dim=1), divergence, math.inf)

@@ -1,4 +1,4 @@
-"""Tensors that need not all fit into memory."""
+"""Storing the activations of many images, which need not all fit into memory."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 
-class Spool:
-    """A list of tensors, up to `limit` bytes of them in memory, the others in a temporary folder.
+class ActivationStore:
+    """A list of tensors that keeps up to `limit` bytes of them in memory, and the others in a temporary folder.
 
-    The folder is made when it is needed and goes away with the spool. A tensor comes back as it was: same device, same
+    The folder is made when it is needed and goes away with the store. A tensor comes back as it was: same device, same
     layout in memory.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], limit: float):
         self.limit, self.size = limit, len(tensors)
-        self.kept: dict[int, torch.Tensor] = {}
+        self.in_memory: dict[int, torch.Tensor] = {}
         self.devices: dict[int, torch.device] = {}  # of the others
         self.folder: tempfile.TemporaryDirectory | None = None
         for index, tensor in enumerate(tensors):
@@ -29,14 +29,14 @@ class Spool:
         return (self[index] for index in range(self.size))
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if index in self.kept:
-            return self.kept[index]
+        if index in self.in_memory:
+            return self.in_memory[index]
         return torch.load(self._path(index), map_location=self.devices[index], weights_only=True)
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
-        self.kept.pop(index, None)
-        if tensor.nbytes + sum(other.nbytes for other in self.kept.values()) <= self.limit:
-            self.kept[index] = tensor
+        self.in_memory.pop(index, None)
+        if tensor.nbytes + sum(other.nbytes for other in self.in_memory.values()) <= self.limit:
+            self.in_memory[index] = tensor
             return
         if self.folder is None:
             self.folder = tempfile.TemporaryDirectory(prefix="repvgg_hf_")

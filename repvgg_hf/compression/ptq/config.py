@@ -1,17 +1,17 @@
-"""How calibration data is used."""
+"""The options of calibration: choosing how weights and inputs are quantized from images that the model sees."""
 
 from dataclasses import dataclass, field
 
 from ...runtime.options import suggest_options
+from .activation_ranges import METHODS as ACTIVATION_RANGES
 
 SENSITIVITIES = ("none", "fisher")
-ACTIVATION_RANGES = ("minmax", "mse")
 
 
 @suggest_options
 @dataclass
 class CalibrationConfig:
-    """How `quantize(calibration=..., calibration_config=...)` uses its images; recipes take it as options.
+    """Options for how `quantize(calibration=..., calibration_config=...)` uses its images; recipes take them too.
 
     Args:
         calibration_batch_size: images per batch, if the data holds single examples.

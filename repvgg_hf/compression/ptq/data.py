@@ -1,24 +1,18 @@
-"""Calibration data, and a model as the chain of blocks that it is calibrated along."""
+"""Reading calibration data: images in batches, from anything that gives some."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-
-from ...runtime.modeling_repvgg import RepVGGLayer
-
-PATCH_BYTES = 128 * 2**20  # unfolded patches of a convolution's inputs are made in pieces of this size
 
 
 class CalibrationData:
-    """Images in batches, and labels if they come with them.
+    """Calibration images in batches, with labels if they come with them.
 
     Args:
         data: a `DataLoader` or another iterable of batches (a mapping with `pixel_values` and perhaps `labels`, or a
             tensor `[batch, channels, height, width]`), or a dataset of single examples of that kind.
-        batch_size: images a batch, when `data` holds single examples.
-        device: where to put them.
+        batch_size (`int`, defaults to 64): images per batch, when `data` holds single examples.
+        device (`torch.device` or `str`, defaults to `"cpu"`): where to put them.
 
     Raises `ValueError` for no images, NaN or infinite values, or images of several sizes.
     """
@@ -55,7 +49,7 @@ class CalibrationData:
 
 
 def _batches(data, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(images, labels or None) of each batch in anything that [`CalibrationData`] takes."""
+    """Yield (images, labels or None) of each batch in anything that [`CalibrationData`] takes."""
     if isinstance(data, torch.Tensor):
         yield from ((images, None) for images in data.split(batch_size))
         return
@@ -76,7 +70,7 @@ def _batches(data, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor
 
 
 def _unpack(item) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(images, labels or None) of a batch or a single example."""
+    """Return (images, labels or None) of a batch or a single example."""
     if isinstance(item, torch.Tensor):
         return item, None
     if isinstance(item, (tuple, list)) and item and isinstance(item[0], torch.Tensor):
@@ -99,46 +93,3 @@ def _stack(examples: list) -> tuple[torch.Tensor, torch.Tensor | None]:
             f"Calibration images have several sizes, {sorted(shapes)}: resize all to one with the image processor."
         )
     return torch.stack(images), None if labels[0] is None else torch.stack(labels)
-
-
-class _Head(nn.Module):
-    """The classifier on the mean of the last feature map."""
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.classifier(hidden_states.mean(dim=(2, 3)))
-
-
-def block_chain(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a fused `model` in the order they run, by name: each takes the output of the one before.
-
-    The first takes the images; the last is the classifier with the pooling before it, under the name `""`, if the
-    model has one. A layer's name in the model is its block's name and its name in the block.
-    """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, RepVGGLayer)}
-    classifier = getattr(model, "classifier", None)
-    if isinstance(classifier, nn.Linear):
-        blocks[""] = _Head(classifier)
-    return blocks
-
-
-def quantizable(block_name: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers of a block in the order they run, with their names in the model."""
-    prefix = f"{block_name}." if block_name else ""
-    layers = [(name, layer) for name, layer in block.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    return [(prefix + name, layer) for name, layer in layers]
-
-
-def patches(layer: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A layer's inputs as columns, `[G, d, positions]`, in pieces. Its output is the weight times them."""
-    if isinstance(layer, nn.Linear):
-        yield x.reshape(-1, x.shape[-1]).T[None].float()
-        return
-    size = x[0].numel() * 4 * layer.kernel_size[0] * layer.kernel_size[1] // (layer.stride[0] * layer.stride[1])
-    for piece in x.split(max(1, PATCH_BYTES // size)):
-        columns = F.unfold(piece.float(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        columns = columns.unflatten(1, (layer.groups, -1))  # [batch, G, d, positions]
-        yield columns.permute(1, 2, 0, 3).flatten(2)

@@ -1,4 +1,7 @@
-"""Codes and codebooks that minimize a layer's output error on calibration data, instead of its weights' error.
+"""Choosing codes and codebooks that minimize a layer's output error on calibration data, not its weights' error.
+
+A weight is stored as *codes*, indices of a few bits into a *codebook*: a short table of values, which a run of output
+channels shares (a group) and a *channel scale* multiplies for each of them, if there is one.
 
 With second moments `H = E[x x^T]` of a layer's inputs `x` (a convolution's are unfolded patches), the mean squared
 error of its outputs is `tr((W - Q) H (W - Q)^T)`. Codes are first assigned column by column, each column's error
@@ -6,13 +9,13 @@ compensated in the columns that follow (GPTQ, arXiv 2210.17323), then by coordin
 2309.01885), in turn with the least squares codebook and scales for these codes.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from ...runtime.quantization_cluster import ClusterConfig
-from ..codebooks.weights import QuantizedWeight, lookup
+from ..codebooks.codes import decode
+from ..codebooks.weights import QuantizedWeight
 
 COLUMNS_A_BLOCK = 128
 ROUNDS = 3  # of fitting the codebook and descending
@@ -38,21 +41,21 @@ class LayerProblem:
         self.moments.diagonal(dim1=1, dim2=2).add_(damp)
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """`[out, ...]` as `[G, out / G, d]` in the order of the columns."""
+        """Return `values` `[out, ...]` as `[G, out / G, d]` in the order of the columns."""
         return values.reshape(self.conv_groups, -1, self.width)[:, :, self.order]
 
     def unrows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The reverse of [`rows`]."""
+        """Undo [`rows`]."""
         return rows[:, :, self.order.argsort()].reshape(self.shape)
 
     def error(self, quantized: torch.Tensor) -> torch.Tensor:
-        """The output error of the quantized `[out, ...]`, 0-dim."""
+        """Return the output error of the quantized weight `[out, ...]`, 0-dim."""
         difference = self.target - self.rows(quantized)
         return ((difference @ self.moments) * difference).sum()
 
 
 def channel_entries(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each channel's codes stand for, `[out, k]` ascending, and the borders between them, `[out, k - 1]`."""
+    """Return the values of each channel's codes, `[out, k]` ascending, and the borders between them, `[out, k - 1]`."""
     out, groups = weight.codes.shape[0], weight.codebook.shape[0]
     entries = weight.codebook.float().repeat_interleave(out // groups, dim=0)
     if weight.scale is not None:
@@ -61,7 +64,7 @@ def channel_entries(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor
 
 
 def compensate(problem: LayerProblem, weight: QuantizedWeight) -> torch.Tensor:
-    """Codes by GPTQ for the codebook and scale of `weight`, uint8 of the weight's shape."""
+    """Choose codes by GPTQ for the codebook and scale of `weight`; returns uint8 of the weight's shape."""
     factor = torch.linalg.cholesky(problem.moments.double())
     inverse = torch.cholesky_inverse(factor)
     upper = torch.linalg.cholesky(inverse, upper=True).float()  # [G, d, d]
@@ -86,7 +89,7 @@ def compensate(problem: LayerProblem, weight: QuantizedWeight) -> torch.Tensor:
 
 
 def descend(problem: LayerProblem, weight: QuantizedWeight) -> torch.Tensor:
-    """One sweep of coordinate descent over the columns: each takes its best codes given all others."""
+    """Sweep once over the columns by coordinate descent: each takes its best codes given all others."""
     entries, borders = channel_entries(weight)
     values = problem.rows(weight.decoded())
     codes = problem.rows(weight.codes).clone()
@@ -112,21 +115,21 @@ def descend(problem: LayerProblem, weight: QuantizedWeight) -> torch.Tensor:
 def compensated_weight(
     weight: torch.Tensor, start: QuantizedWeight, moments: torch.Tensor, config: ClusterConfig, damping: float
 ) -> QuantizedWeight:
-    """`start` with codes, codebook and scale for the least output error of `weight` on inputs with these `moments`.
+    """Quantize `weight` for the least error of the layer's output, beginning from what has the least weight error.
 
     Args:
-        weight: `[out, ...]`, the float weight.
-        start: the same quantized for the least weight error.
-        moments: `[G, d, d]`, second moments of the inputs for each group of the convolution.
-        config: what the codebook must keep to.
-        damping: added to the diagonal of `moments`, as a share of its mean.
+        weight (`torch.Tensor`): the float weight, `[out, ...]`.
+        start ([`QuantizedWeight`]): the same quantized for the least weight error.
+        moments (`torch.Tensor`): second moments of the inputs for each group of the convolution, `[G, d, d]`.
+        config ([`ClusterConfig`]): how the weight is quantized; its method fits the codebook anew.
+        damping (`float`): what is added to the diagonal of `moments`, as a share of its mean.
     """
     problem = LayerProblem(weight, moments, damping)
-    # with few inputs a channel the nearest entries can be the better start
+    # with few inputs per channel the nearest entries can be the better start
     starts = [replace(start, codes=compensate(problem, start)), start]
     least, best = min(((problem.error(weight.decoded()), weight) for weight in starts), key=lambda pair: pair[0])
     for _ in range(ROUNDS):
-        candidate = refit(problem, best, config)
+        candidate = config.quantization_method.refit(problem, best, config)
         candidate = replace(candidate, codes=descend(problem, candidate))
         error = problem.error(candidate.decoded())
         if not error < least:
@@ -135,41 +138,38 @@ def compensated_weight(
     return best
 
 
-def refit(problem: LayerProblem, weight: QuantizedWeight, config: ClusterConfig) -> QuantizedWeight:
-    """The codebook and scale with the least output error for given codes, as far as `config` leaves them free."""
-    if config.method == "cluster" and config.codebook_dtype != "int8":
-        codebook = fit_codebook(problem, weight, config)
+def refit_codebook(problem: LayerProblem, weight: QuantizedWeight, config: ClusterConfig) -> QuantizedWeight:
+    """Fit the codebook (of floats: integers stay) and scale for the least output error with the present codes."""
+    if weight.codebook.is_floating_point():
+        codebook = fit_codebook(problem, weight)
         rank = codebook.argsort(dim=1).argsort(dim=1)  # where each entry goes
-        codes = lookup(weight.codes, rank.float(), None).to(torch.uint8)
+        codes = decode(weight.codes, rank.float()).to(torch.uint8)
         weight = QuantizedWeight(codes, codebook.sort(dim=1).values.to(weight.codebook.dtype), weight.scale)
-    numerator, denominator = output_products(problem, weight)
+    return weight if weight.scale is None else _refit_scale(problem, weight)
+
+
+def refit_step(problem: LayerProblem, weight: QuantizedWeight, config: ClusterConfig) -> QuantizedWeight:
+    """Fit the step of an evenly spaced grid, of each channel or of each codebook, for the least output error."""
     if weight.scale is not None:
-        return replace(weight, scale=weight.scale * _factor(numerator, denominator))
-    if config.method == "uniform":  # a step for each codebook
-        groups = len(weight.codebook)
-        factor = _factor(numerator.view(groups, -1).sum(dim=1), denominator.view(groups, -1).sum(dim=1))
-        return replace(weight, codebook=(weight.codebook * factor[:, None]).to(weight.codebook.dtype))
-    return weight
+        return _refit_scale(problem, weight)
+    groups = len(weight.codebook)
+    numerator, denominator = (part.view(groups, -1).sum(dim=1) for part in output_products(problem, weight))
+    codebook = weight.codebook * _factor(numerator, denominator)[:, None]
+    return replace(weight, codebook=codebook.to(weight.codebook.dtype))
+
+
+def _refit_scale(problem: LayerProblem, weight: QuantizedWeight) -> QuantizedWeight:
+    return replace(weight, scale=weight.scale * _factor(*output_products(problem, weight)))
 
 
 def _factor(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return torch.where(numerator > 0, numerator / denominator.clamp_min(1e-30), 1.0)
 
 
-def free_directions(codebook: torch.Tensor, config: ClusterConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The projection of a step `[groups, k]` of `codebook` to one that keeps zeros and symmetry where `config` asks."""
-    free = codebook != 0 if config.preserve_zero else torch.ones_like(codebook, dtype=torch.bool)
+def fit_codebook(problem: LayerProblem, weight: QuantizedWeight) -> torch.Tensor:
+    """Return the codebook `[groups, k]`, float32, with the least output error for the present codes and scale.
 
-    def project(step: torch.Tensor) -> torch.Tensor:
-        return (step - step.flip(1)) / 2 * free if config.symmetric else step * free
-
-    return project
-
-
-def fit_codebook(problem: LayerProblem, weight: QuantizedWeight, config: ClusterConfig) -> torch.Tensor:
-    """The codebook `[groups, k]`, float32, with the least output error for given codes and scale.
-
-    Conjugate gradients on the normal equations, from the present codebook, in the directions that keep to `config`.
+    It is found by conjugate gradients on the normal equations, from the present codebook.
     """
     groups, k = weight.codebook.shape
     out = weight.codes.shape[0]
@@ -177,20 +177,19 @@ def fit_codebook(problem: LayerProblem, weight: QuantizedWeight, config: Cluster
     index = (weight.codes.reshape(out, -1).long() + group[:, None] * k).view(-1)
     scale = torch.ones(out, device=weight.codes.device) if weight.scale is None else weight.scale
 
-    def decode(codebook):
-        return problem.rows(lookup(weight.codes, codebook, scale))
+    def values_of(codebook):
+        return problem.rows(decode(weight.codes, codebook, scale))
 
-    def gather(rows):  # the adjoint of decode
+    def gather(rows):  # the adjoint of values_of
         values = problem.unrows(rows).reshape(out, -1) * scale[:, None]
         return torch.bincount(index, values.reshape(-1).double(), groups * k).view(groups, k).float()
 
     codebook = weight.codebook.float()
-    project = free_directions(codebook, config)
-    residual = project(gather((problem.target - decode(codebook)) @ problem.moments))
+    residual = gather((problem.target - values_of(codebook)) @ problem.moments)
     direction, norm = residual, residual.square().sum(dim=1, keepdim=True)
     for _ in range(CODEBOOK_STEPS):
-        image = project(gather(decode(direction) @ problem.moments))
-        # codebooks are independent of each other: a step length each
+        image = gather(values_of(direction) @ problem.moments)
+        # codebooks are independent of each other: each has its step length
         length = norm / (direction * image).sum(dim=1, keepdim=True).clamp_min(1e-30)
         codebook = codebook + length * direction
         residual = residual - length * image
@@ -200,7 +199,7 @@ def fit_codebook(problem: LayerProblem, weight: QuantizedWeight, config: Cluster
 
 
 def output_products(problem: LayerProblem, weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """(product of the float and the quantized output, the latter's square), each channel's mean, `[out]`."""
+    """Return the means of float times quantized output and of the quantized one's square, both `[out]`."""
     values = problem.rows(weight.decoded())
     image = values @ problem.moments
     return (image * problem.target).sum(dim=2).reshape(-1), (image * values).sum(dim=2).reshape(-1)

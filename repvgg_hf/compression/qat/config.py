@@ -1,4 +1,4 @@
-"""How quantization-aware training moves codebooks."""
+"""The options of quantization-aware training."""
 
 from dataclasses import dataclass, field
 
@@ -8,11 +8,11 @@ from ...runtime.options import suggest_options
 @suggest_options
 @dataclass
 class QATConfig:
-    """How `prepare_qat(qat_config=...)` trains; stored with the checkpoint. Recipes take it as options.
+    """How a model trains after `prepare_qat(qat_config=...)`; stored with its checkpoints. Recipes take it as options.
 
     Args:
-        codebook_momentum: of the moving average of k-means codebooks and channel scales over optimizer steps, 0 to
-            below 1.
+        codebook_momentum: momentum per optimizer step of the moving average that k-means codebooks and channel scales
+            are, 0 to below 1.
         codebook_update_every: optimizer steps between two updates of the k-means codebooks, each of which is as large
             as that many would be together.
         blend_steps: optimizer steps in which training goes over from the float kernels to the quantized ones, as a mix
@@ -20,10 +20,17 @@ class QATConfig:
             does not survive at once. 0 for none.
 
     Raises `ValueError` that names the argument and what it accepts, `TypeError` for an unknown one.
-    """
+
+    Example:
+    ```python
+    >>> from repvgg_hf import QATConfig
+
+    >>> QATConfig(blend_steps=500)
+    QATConfig(codebook_momentum=0.9, codebook_update_every=10, blend_steps=500)
+    ```"""
 
     codebook_momentum: float = field(
-        default=0.9, metadata={"help": "Momentum of the k-means codebooks over optimizer steps, 0 to below 1."}
+        default=0.9, metadata={"help": "Momentum of the k-means codebooks per optimizer step, 0 to below 1."}
     )
     codebook_update_every: int = field(
         default=10, metadata={"help": "Optimizer steps between two updates of the k-means codebooks."}

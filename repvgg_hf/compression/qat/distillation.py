@@ -8,16 +8,20 @@ from torch import nn
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Kullback-Leibler divergence of the student's class probabilities from the teacher's, mean over the images.
+    """The Kullback-Leibler divergence of the student's class probabilities from the teacher's, mean over the images.
 
-    Both logits are `[batch, classes]`. Times `temperature**2`, which keeps the size of the gradient (arXiv 1503.02531).
+    Both logits are `[batch, classes]`. The result, 0-dim, is multiplied by `temperature**2`, which keeps the size of
+    the gradient (arXiv 1503.02531).
     """
     student, teacher = (F.log_softmax(values.float() / temperature, dim=-1) for values in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def feature_loss(features: tuple[torch.Tensor, ...], teacher_features: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The squared difference of feature maps `[batch, channels, height, width]`, over the teacher's mean square."""
+    """The mean squared difference of feature maps over the teacher's mean square, mean over the maps; 0-dim.
+
+    Each map is `[batch, channels, height, width]`.
+    """
     losses = [
         F.mse_loss(feature.float(), wanted.float()) / wanted.float().square().mean().clamp_min(1e-12)
         for feature, wanted in zip(features, teacher_features)
@@ -26,19 +30,33 @@ def feature_loss(features: tuple[torch.Tensor, ...], teacher_features: tuple[tor
 
 
 class Distillation:
-    """The loss of a student that learns from its labels and from a teacher, by default the float model it began as.
+    """The loss of a student that learns from its labels and from a teacher, which is the float model it began as.
 
-        distillation = Distillation(model)  # before model.prepare_qat()
-        outputs = model(**batch, output_hidden_states=distillation.needs_features)
-        loss = distillation(outputs, batch["pixel_values"])
-
-    With `Trainer`, these lines are a subclass's `compute_loss`. No module, so that the teacher gets into no checkpoint.
+    It is no module, so that the teacher gets into no checkpoint.
 
     Args:
-        teacher: a float classifier; copied, fused and frozen.
-        weight: of the teacher's part of the loss, 0 to 1; the labels have the rest.
-        temperature: of the class probabilities.
-        features: weight of [`feature_loss`] of the stages' outputs, added to both; 0 for none.
+        teacher: a float classifier; it is copied, and the copy fused and frozen.
+        weight: share of the teacher in the loss, 0 to 1; the labels have the rest.
+        temperature: what both logits are divided by before their probabilities are compared.
+        features: weight of the stages' outputs in the loss, added to both, see [`feature_loss`]; 0 for none.
+
+    Raises `ValueError` that names the argument and what it accepts.
+
+    Example:
+    ```python
+    >>> import torch
+    >>> from repvgg_hf import Distillation, RepVGGConfig, RepVGGForImageClassification
+
+    >>> model = RepVGGForImageClassification(RepVGGConfig())
+    >>> distillation = Distillation(model)  # of the float model
+    >>> model = model.prepare_qat(bits=2).train()
+
+    >>> batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    >>> outputs = model(**batch, output_hidden_states=distillation.needs_features)
+    >>> distillation(outputs, batch["pixel_values"]).backward()
+    ```
+
+    With `Trainer`, the last two lines are a subclass's `compute_loss`.
     """
 
     def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 2.0, features: float = 0.0):

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from ..codebooks.codes import decode_rows, from_rows, to_rows
+from ...runtime.quantization_cluster import ClusterConfig
+from ..codebooks.codes import TINY, decode, from_rows, to_rows
+from ..codebooks.weights import QuantizedWeight
+from .config import QATConfig
 from .fake_quantize import FakeQuantize, power_of_two
-from .oscillation import OscillationFreezing
-from ..codebooks.weights import TINY, QuantizedWeight
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -46,28 +47,18 @@ class UniformFakeQuantize(FakeQuantize):
 
     Args:
         weight: how post-training quantization codes the kernel; its grid is the start.
-        codebook_dtype: in which the grid will be stored. The forward pass rounds to it.
-        symmetric: the grid has an exact zero and no offset.
-        update_every: steps between updates: none is needed, it only counts.
-        freezing: state of the freezing of oscillating weights.
-        blend_steps: in which training goes over from the float kernel.
+        config: how weights are quantized. With `symmetric` a grid has an exact zero and no offset.
+        qat_config: how they train.
 
-    With a channel scale there is a step `[out]` for each channel, else one for each codebook, `[groups]`. The parameter
-    `scale` is the step over a power of two near its start: Adam, which moves all parameters by the learning rate, would
-    throw a step of 0.001 about.
+    With a channel scale there is a step for each channel, `[out]`, else one for each codebook, `[groups]`. The
+    parameter `scale` is the step over a power of two near its start: Adam, which moves all parameters by the learning
+    rate, would throw a step of 0.001 about.
     """
 
-    def __init__(
-        self,
-        weight: QuantizedWeight,
-        codebook_dtype: torch.dtype,
-        symmetric: bool = True,
-        update_every: int = 1,
-        freezing: OscillationFreezing | None = None,
-        blend_steps: int = 0,
-    ):
-        super().__init__(codebook_dtype, update_every, freezing, blend_steps)
+    def __init__(self, weight: QuantizedWeight, config: ClusterConfig, qat_config: QATConfig):
+        super().__init__(config, qat_config)
         self.groups, self.k = weight.codebook.shape
+        symmetric = config.symmetric
         self.spacing = 2 if symmetric and self.k == 2 else 1  # one bit: -1 and 1
         self.first = 0 if not symmetric else -1 if self.k == 2 else -(self.k // 2)
         self.largest = self.k - 1 if not symmetric else max(1, self.k // 2 - 1)
@@ -82,29 +73,26 @@ class UniformFakeQuantize(FakeQuantize):
         """The positive distance between integers, `[out]` or `[groups]`."""
         return (self.scale * self.unit).clamp_min(TINY)
 
-    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The integers that codes stand for, `[k]`, and the positive step."""
-        integers = torch.arange(self.k, dtype=torch.float32, device=self.scale.device) * self.spacing + self.first
-        return integers, self.step_size()
-
     @torch.no_grad()
     def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        integers, step = self.grid()
+        integers = torch.arange(self.k, dtype=torch.float32, device=self.scale.device) * self.spacing + self.first
+        step = self.step_size()
         if self.channel_scale:
             return integers.repeat(self.groups, 1).to(self.codebook_dtype), step
         codebook = integers * step[:, None]
         return (codebook if self.offset is None else codebook + self.offset[:, None]).to(self.codebook_dtype), None
 
-    def nearest(self, rows, codebook, scale) -> torch.Tensor:
-        step = self.step_size().detach()
+    @torch.no_grad()
+    def codes(self, rows: torch.Tensor) -> torch.Tensor:
+        step = self.step_size()
         values = rows.reshape(len(step), -1)
         values = (values if self.offset is None else values - self.offset[:, None]) / step[:, None]
         return ((values - self.first) / self.spacing).round_().clamp_(0, self.k - 1).to(torch.uint8).view(rows.shape)
 
-    def fake_quantized(self, kernel: torch.Tensor) -> torch.Tensor:
+    def fake_quantize(self, kernel: torch.Tensor) -> torch.Tensor:
         codebook, scale = self.stored()
-        codes = self.codes(kernel, codebook.float(), scale)
-        decoded = decode_rows(codes, codebook.float(), scale)
+        codes = self.codes(to_rows(kernel.detach()).float())
+        decoded = decode(codes, codebook.float(), scale)
         integers = codes.to(torch.int16) * self.spacing + self.first
         step = self.step_size()
         return _LearnedStep.apply(kernel, step, self.offset, self.unit, integers, decoded, self.spacing, self.largest)

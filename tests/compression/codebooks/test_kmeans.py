@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from repvgg_hf.compression.codebooks.kmeans import assign, kmeans_1d
+from repvgg_hf.compression.codebooks.kmeans import kmeans_1d
 from repvgg_hf.compression.codebooks.sorted_groups import HISTOGRAM_VALUES
 
 
@@ -115,76 +115,37 @@ def test_a_weight_is_that_many_values(name, k, generator):
     assert ours <= 1.0002 * squared_error(values[0], optimum, weights[0])
 
 
-def error_of_partition(parts, pinned=None) -> float:
-    """Of (values, weights) in parts with their means as entries; that of part `pinned` is zero."""
-    error = 0.0
-    for index, (values, mass) in enumerate(parts):
-        if index == pinned:
-            error += np.sum(mass * values**2)
-        elif mass.sum() > 0:
-            error += np.sum(mass * (values - np.average(values, weights=mass)) ** 2)
-    return error
+def error_of_partition(parts) -> float:
+    """The error of (values, weights) in parts, with their means as entries."""
+    return sum(
+        np.sum(mass * (values - np.average(values, weights=mass)) ** 2) for values, mass in parts if mass.sum() > 0
+    )
 
 
-def best_partition(values, k, weights, preserve_zero=False):
+def best_partition(values, k, weights):
     """The least error of any partition into `k` intervals, some of which may be empty."""
     order = np.argsort(values)
     values, weights = values[order].astype(np.float64), weights[order].astype(np.float64)
     errors = []
     for inner in combinations(range(len(values) + k - 1), k - 1):  # with repetition: i - its index
         cuts = [0, *(position - index for index, position in enumerate(inner)), len(values)]
-        parts = [(values[start:end], weights[start:end]) for start, end in zip(cuts, cuts[1:])]
-        errors += [error_of_partition(parts, pinned) for pinned in (range(k) if preserve_zero else [None])]
+        errors.append(error_of_partition([(values[a:b], weights[a:b]) for a, b in zip(cuts, cuts[1:])]))
     return min(errors)
 
 
 small_values = hnp.arrays(np.float32, st.integers(2, 8), elements=st.floats(-100, 100, width=32))
 
 
-@pytest.mark.parametrize("preserve_zero", [False, True], ids=["free", "with zero"])
 @given(values=small_values, k=st.integers(2, 4), data=st.data())
-def test_no_partition_is_better(preserve_zero, values, k, data):
+def test_no_partition_is_better(values, k, data):
     assume(len(values) > k)
     weight = st.one_of(st.just(0.0), st.floats(0.125, 8, width=32))
     weights = data.draw(hnp.arrays(np.float32, len(values), elements=weight))
-    codebook = kmeans_1d(torch.tensor(values)[None], k, torch.tensor(weights)[None], preserve_zero)[0]
+    codebook = kmeans_1d(torch.tensor(values)[None], k, torch.tensor(weights)[None])[0]
     assert codebook.isfinite().all() and (codebook.diff() >= 0).all()
-    assert not preserve_zero or (codebook == 0).any()
     spread = float(np.sum(weights)) * max(1.0, float(np.abs(values).max())) ** 2
-    expected = best_partition(values, k, weights, preserve_zero)
+    expected = best_partition(values, k, weights)
     assert squared_error(values, codebook, weights) <= expected * (1 + 1e-5) + 1e-9 * spread
-
-
-@pytest.mark.parametrize("k", [2, 4, 16])
-@pytest.mark.parametrize("name", ["normal", "lognormal", "outliers"])
-def test_zero_costs_no_more_than_one_entry(name, k, generator):
-    values = DISTRIBUTIONS[name]((3, 800), generator) + 0.1
-    codebooks = kmeans_1d(values, k, preserve_zero=True)
-    assert ((codebooks == 0).sum(dim=1) == 1).all()
-    for group, codebook in zip(values, codebooks):
-        fewer = kmeans1d.cluster(group.double().numpy(), k - 1).centroids
-        assert squared_error(group, codebook) <= 1.002 * squared_error(group, [*fewer, 0.0])
-
-
-@pytest.mark.parametrize("k", [2, 8, 16])
-def test_symmetric_is_the_optimum_of_the_magnitudes(k, generator):
-    values = torch.randn(2, 1000, generator=generator) + 0.3
-    codebooks = kmeans_1d(values, k, symmetric=True)
-    assert torch.equal(codebooks, -codebooks.flip(1))
-    for group, codebook in zip(values, codebooks):
-        half = kmeans1d.cluster(group.abs().double().numpy(), k // 2).centroids
-        assert squared_error(group, codebook) <= 1.0005 * squared_error(group.abs(), half)
-    if k == 2:
-        assert torch.allclose(codebooks[:, 1], values.abs().mean(dim=1))
-
-
-def test_symmetric_with_zero_has_it_twice(generator):
-    values = torch.randn(2, 1000, generator=generator)
-    codebooks = kmeans_1d(values, 8, preserve_zero=True, symmetric=True)
-    assert torch.equal(codebooks, -codebooks.flip(1))
-    assert (codebooks[:, 3:5] == 0).all() and (codebooks[:, 5:].diff(dim=1) > 0).all() and (codebooks[:, 5] > 0).all()
-    magnitudes = kmeans_1d(values.abs(), 4, preserve_zero=True)
-    assert torch.equal(codebooks[:, 4:], magnitudes)
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=6, unique=True), st.integers(6, 9))
@@ -252,27 +213,3 @@ def test_neither_scale_nor_offset_matters(scale, shift, generator):
     shifted = ((values + shift) * scale).float()
     exact = kmeans1d.cluster(shifted[0].double().numpy(), 16).centroids
     assert squared_error(shifted[0], kmeans_1d(shifted, 16)[0]) <= 1.0002 * squared_error(shifted[0], exact)
-
-
-half_integers = st.integers(-40, 40).map(lambda value: value / 2)
-
-
-@given(st.lists(half_integers, min_size=1, max_size=30), st.lists(half_integers, min_size=2, max_size=16))
-def test_assign_takes_the_nearest_entry_and_the_lower_one_in_the_middle(values, entries):
-    # multiples of 1/2: the middles are exact
-    entries = sorted(entries)
-    nearest = [min(entries, key=lambda entry: (abs(value - entry), entry)) for value in values]
-    for groups in (1, 3):  # one codebook takes another path
-        codes = assign(torch.tensor([values] * groups), torch.tensor([entries] * groups))
-        assert codes.dtype == torch.uint8
-        for row in codes.tolist():
-            assert [entries[code] for code in row] == nearest
-
-
-def test_assign_against_all_distances(generator):
-    values, codebook = torch.randn(5, 800, generator=generator), torch.randn(5, 256, generator=generator)
-    codebook = codebook.sort(dim=1).values
-    codes = assign(values, codebook)
-    distance = (values - codebook.gather(1, codes.long())).abs()
-    best = (values[:, :, None] - codebook[:, None, :]).abs().min(dim=2).values
-    assert (distance <= best + 1e-6).all()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from repvgg_hf.compression import sorted_groups
+from repvgg_hf.compression.codebooks import sorted_groups
 from repvgg_hf.compression.codebooks.sorted_groups import HISTOGRAM_VALUES, SortedGroups, ascending_pairs
 
 
@@ -92,22 +92,3 @@ def test_bins_have_the_mass_and_the_error_of_their_values(weighted, generator, m
 def test_values_that_fill_few_bins_are_sorted(generator):
     values = torch.randint(100, (1, HISTOGRAM_VALUES + 1), generator=generator) / 7
     assert torch.equal(SortedGroups(values).values, values.sort(dim=1).values)
-
-
-@pytest.mark.parametrize("where", ["within", "below", "above"])
-def test_the_point_at_zero_outweighs_all_values(where, generator):
-    values = torch.randn(2, 40, generator=generator) + {"within": 0, "below": 10, "above": -10}[where]
-    groups = SortedGroups(values, preserve_zero=True)
-    assert groups.values.shape == (2, 41) and (groups.values.diff(dim=1) >= 0).all()
-    assert (groups.values.gather(1, groups.zero) == 0).all()
-    assert (groups.mass.diff(dim=1).gather(1, groups.zero) > 1e5 * 40).all()
-    cuts = torch.tensor([[0, 20, 41]]).expand(2, -1)
-    means = groups.means(cuts, torch.zeros(2, 2))
-    for group in range(2):
-        with_zero = int(groups.zero[group] >= 20)
-        other = groups.values[group, :20] if with_zero else groups.values[group, 20:]
-        assert means[group, with_zero] == 0
-        assert means[group, 1 - with_zero].item() == pytest.approx(other.mean().item(), abs=1e-5)
-    # the point itself has no error where there is an entry for it
-    codebook = torch.tensor([[-1.0, 0.0, 1.0]]).expand(2, -1).contiguous()
-    assert torch.allclose(groups.error(codebook), squared_error(values, codebook, None))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from repvgg_hf import ClusterConfig
-from repvgg_hf.compression.layers import quantize_layer
 from repvgg_hf.compression.codebooks.weights import quantize_weight
+from repvgg_hf.compression.layers import quantize_layer
 
 GROUPS = {"per_tensor": 1, "per_channel": 12, "per_group": 3}
 STORED = [(scale, dtype) for scale in (False, True) for dtype in ("float16", "float32")] + [(True, "int8")]
@@ -18,7 +18,7 @@ def config_of(granularity="per_tensor", **options) -> ClusterConfig:
 
 def quantize(weight, granularity="per_tensor", importance=None, **options):
     config = config_of(granularity, **options)
-    return quantize_weight(weight, config.bits, GROUPS[granularity], config, importance)
+    return quantize_weight(weight, config.bits, config.groups_of("layer", 12), config, importance)
 
 
 def squared_error(weight, quantized, importance=1.0) -> float:
@@ -61,14 +61,16 @@ def test_decoded_is_the_formula(method, granularity, channel_scale, codebook_dty
     quantized = quantize(weight, granularity, **options)
     assert quantized.codes.dtype == torch.uint8 and quantized.codes.shape == weight.shape
     assert quantized.codebook.dtype == getattr(torch, codebook_dtype)
-    assert quantized.codebook.shape == (GROUPS[granularity], 8)
+    groups = GROUPS[granularity]
+    if method == "uniform" and channel_scale and granularity == "per_channel":
+        groups = 1  # the same integers for every channel
+    assert quantized.codebook.shape == (groups, 8)
     assert (quantized.codebook.float().diff(dim=1) >= 0).all()
     assert quantized.codes.max() < 8
-    channels_a_group = 12 // GROUPS[granularity]
     decoded = quantized.decoded()
     assert decoded.dtype == torch.float32
     for channel in range(12):
-        codebook = quantized.codebook[channel // channels_a_group].float()
+        codebook = quantized.codebook[channel * groups // 12].float()
         scale = quantized.scale[channel] if channel_scale else torch.tensor(1.0)
         assert torch.equal(decoded[channel], codebook[quantized.codes[channel].long()] * scale)
         # and no entry would be nearer
@@ -150,6 +152,18 @@ def test_symmetric_minmax_is_torchs_fake_quantization(granularity, bits, weight)
     assert torch.allclose(quantized.decoded(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("range_method", ["mse", "minmax"])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_symmetric_grids_per_channel_are_one_codebook_of_integers(bits, range_method, weight):
+    options = {"method": "uniform", "bits": bits, "range_method": range_method, "codebook_dtype": "float32"}
+    shared = quantize(weight, "per_channel", **options)
+    assert shared.codebook.shape == (1, 2**bits) and torch.equal(shared.codebook, shared.codebook.round())
+    apart = quantize(weight, "per_channel", channel_scale=False, **options)
+    assert apart.codebook.shape == (12, 2**bits) and apart.scale is None
+    assert torch.allclose(apart.codebook, shared.codebook * shared.scale[:, None], rtol=1e-6)
+    assert squared_error(weight, shared) == pytest.approx(squared_error(weight, apart), rel=1e-4)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_affine_minmax_goes_from_low_to_high(bits, generator):
     weight = torch.rand(12, 2, 3, 3, generator=generator) + 3  # no zero in sight
@@ -192,10 +206,10 @@ METHODS = {
 
 @pytest.mark.parametrize("granularity", GROUPS)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_counts_loses_less(method, granularity, weight, generator):
+def test_what_is_important_loses_less(method, granularity, weight, generator):
     importance = torch.randn(weight.shape, generator=generator).mul(2).exp()
     options = {"bits": 3} | METHODS[method]
-    equal, weighted = (quantize(weight, granularity, counts, **options) for counts in (None, importance))
+    equal, weighted = (quantize(weight, granularity, some, **options) for some in (None, importance))
     assert squared_error(weight, weighted, importance) <= 1.001 * squared_error(weight, equal, importance)
     assert squared_error(weight, equal) <= 1.001 * squared_error(weight, weighted)
     scaled = quantize(weight, granularity, 1e-12 * importance, **options)  # only its ratios matter
@@ -207,22 +221,22 @@ def test_one_importance_for_all_channels(method, weight, generator):
     importance = torch.rand(1, *weight.shape[1:], generator=generator)
     options = {"bits": 2} | METHODS[method]
     repeated = importance.expand(12, -1, -1, -1)
-    one, each = (quantize(weight, importance=counts, **options) for counts in (importance, repeated))
+    one, each = (quantize(weight, importance=some, **options) for some in (importance, repeated))
     assert torch.equal(one.codes, each.codes) and torch.equal(one.codebook, each.codebook)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_where_nothing_counts_everything_counts_alike(method, weight, generator):
+def test_where_nothing_is_important_all_weights_are_alike(method, weight, generator):
     importance = torch.rand(weight.shape, generator=generator)
     importance[4:8] = 0  # the second of three groups
     options = {"bits": 2} | METHODS[method]
-    weighted, equal = (quantize(weight, "per_group", counts, **options) for counts in (importance, None))
+    weighted, equal = (quantize(weight, "per_group", some, **options) for some in (importance, None))
     middle = slice(4, 8)
     assert torch.equal(weighted.decoded()[middle], equal.decoded()[middle])
     assert squared_error(weight, weighted, importance) < squared_error(weight, equal, importance)
 
 
-def test_a_channel_that_does_not_count_is_still_decoded_to_something_like_it(weight):
+def test_a_channel_without_importance_is_still_decoded_to_something_like_it(weight):
     importance = torch.ones_like(weight)
     importance[5] = 0
     for method in ("clusters, scaled", "int8 clusters"):
@@ -243,19 +257,6 @@ def test_a_channel_that_does_not_count_is_still_decoded_to_something_like_it(wei
 def test_importance_that_makes_no_sense(importance, message, weight):
     with pytest.raises(ValueError, match=message):
         quantize(weight, importance=importance)
-
-
-@pytest.mark.parametrize("channel_scale", [False, True], ids=["no scale", "scale"])
-@pytest.mark.parametrize("granularity", GROUPS)
-def test_zero_and_mirror_image(granularity, channel_scale, weight):
-    weight = torch.where(torch.rand_like(weight) < 0.3, 0.0, weight)  # pruned
-    options = {"bits": 3, "channel_scale": channel_scale}
-    pruned = quantize(weight, granularity, preserve_zero=True, **options)
-    assert (pruned.decoded()[weight == 0] == 0).all()
-    mirror = quantize(weight, granularity, symmetric=True, **options)
-    assert torch.equal(mirror.codebook, -mirror.codebook.flip(1))
-    with pytest.raises(ValueError, match="1 bit holds no symmetric codebook with a zero: set preserve_zero=False"):
-        quantize(weight, granularity, preserve_zero=True, symmetric=True, bits=1, channel_scale=channel_scale)
 
 
 @pytest.mark.parametrize("method", ["cluster", "uniform"])

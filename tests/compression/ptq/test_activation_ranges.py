@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from repvgg_hf.compression import activations
+from repvgg_hf.compression.ptq import activation_ranges
 from repvgg_hf.compression.ptq.activation_ranges import METHODS, RangeObserver
 
 SAMPLES = 20_000
@@ -91,7 +91,7 @@ class TestHistogram:
                     if name == "counts"
                     else getattr(observer, name) == value
                 )
-            monkeypatch.setattr(activations, "PIECE", 100)
+            monkeypatch.setattr(activation_ranges, "PIECE", 100)
 
     def test_shapes(self):
         observer = RangeObserver()
@@ -117,17 +117,6 @@ class TestQuantization:
         assert (scale, zero_point) == affine(x.min(), x.max(), bits)
         assert np.abs(rounded(x, scale, zero_point, bits) - x).max() <= 0.501 * scale
 
-    @pytest.mark.parametrize("name", UNSIGNED + SIGNED)
-    def test_percentile(self, name):
-        x = np.append(samples(name), np.linspace(0, 1, 80_001).astype(np.float32) ** 4)
-        observer = observe(x)
-        tails = (0.005, 99.995) if name in SIGNED else (0, 99.99)
-        low, high = np.percentile(x, tails)
-        width = 2.0**observer.exponent
-        scale, zero_point = observer.quantization(8, "percentile")
-        assert scale == pytest.approx((max(high, 0) - min(low, 0)) / 255, abs=3 * width / 255)
-        assert zero_point == pytest.approx(-min(low, 0) / scale, abs=0.5 + 2 * width / scale)
-
     @pytest.mark.parametrize("bits", [8, 4, 2])
     @pytest.mark.parametrize("name", UNSIGNED + SIGNED)
     def test_mse_is_that_of_the_best_range(self, name, bits):
@@ -138,24 +127,6 @@ class TestQuantization:
 
         best = min(error(*affine(*ends, bits)) for ends in candidate_ranges(x, 400 if name in UNSIGNED else 25))
         assert error(*observe(x).quantization(bits, "mse")) <= 1.02 * best
-
-    @pytest.mark.parametrize("bits", [6, 3])
-    @pytest.mark.parametrize("name", ["relu", "relu with outliers", "exponential", "laplace"])
-    def test_entropy_is_that_of_the_best_range(self, name, bits):
-        x = samples(name)
-        observer = observe(x)
-        edges = (observer.first + np.arange(len(observer.counts) + 1)) * 2.0**observer.exponent
-        counts, _ = np.histogram(x[x != 0], edges)
-        centers = (edges[1:] + edges[:-1]) / 2
-
-        def divergence(scale, zero_point):
-            return kl_divergence(counts, np.rint(centers / scale) + zero_point, 2**bits)
-
-        candidates = [affine(*ends, bits) for ends in candidate_ranges(x, 100 if name != "laplace" else 20)]
-        best = min(divergence(*candidate) for candidate in candidates if candidate[0] >= 2.0**observer.exponent)
-        assert math.isfinite(best)
-        # jagged: it jumps whenever an integer gets a bin more
-        assert divergence(*observer.quantization(bits, "entropy")) <= 1.25 * best
 
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("name", UNSIGNED + SIGNED)
@@ -193,25 +164,10 @@ class TestQuantization:
             observe([1.0]).quantization(bits)
 
     def test_other_arguments(self):
-        with pytest.raises(ValueError, match="^method must be one of minmax, percentile, mse, entropy, got 'max'"):
-            observe([1.0]).quantization(8, "max")
+        for method in ("max", "percentile", "entropy"):
+            with pytest.raises(ValueError, match=f"^method must be one of minmax, mse, got '{method}'"):
+                observe([1.0]).quantization(8, method)
         with pytest.raises(ValueError, match=r"^No values were observed: call update\(\)"):
             RangeObserver().quantization(8)
         with pytest.raises(ValueError, match="^bins must be at least 2, got 1"):
             RangeObserver(bins=1)
-
-
-def kl_divergence(counts, integers, levels: int) -> float:
-    """As TensorRT's calibrator does it, level by level, for the integers that a range gives to the bins' centers."""
-    bins = np.flatnonzero((counts > 0) & (integers >= 0) & (integers < levels))
-    if not len(bins):
-        return math.inf
-    target = counts[bins].astype(float)
-    target[0] += counts[integers < 0].sum()
-    target[-1] += counts[integers >= levels].sum()
-    quantized = np.empty(len(bins))
-    for level in np.unique(integers[bins]):
-        inside = integers[bins] == level
-        quantized[inside] = counts[bins][inside].mean()
-    target, quantized = target / target.sum(), quantized / quantized.sum()
-    return float((target * np.log(target / quantized)).sum())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from repvgg_hf.compression.ptq.activation_store import Spool
+from repvgg_hf.compression.ptq.activation_store import ActivationStore
 
 BYTES = 2 * 4 * 6 * 6 * 4  # of a tensor below
 
@@ -18,30 +18,30 @@ def tensors(generator):
 
 @pytest.mark.parametrize("fit", [0, 1, 2, 3])
 def test_all_come_back_as_they_were(fit, tensors):
-    spool = Spool(tensors, fit * BYTES)
-    assert len(spool) == 3 and len(spool.kept) == fit
-    for tensor, other in zip(tensors, spool, strict=True):
+    store = ActivationStore(tensors, fit * BYTES)
+    assert len(store) == 3 and len(store.in_memory) == fit
+    for tensor, other in zip(tensors, store, strict=True):
         assert torch.equal(tensor, other) and tensor.stride() == other.stride()
-    assert (spool.folder is None) == (fit == 3)
+    assert (store.folder is None) == (fit == 3)
 
 
 def test_what_is_on_disk_is_no_larger_than_the_tensor(tensors):
-    spool = Spool(tensors, 0)
-    sizes = [path.stat().st_size for path in Path(spool.folder.name).iterdir()]
+    store = ActivationStore(tensors, 0)
+    sizes = [path.stat().st_size for path in Path(store.folder.name).iterdir()]
     assert len(sizes) == 3 and max(sizes) < BYTES + 2000
 
 
 def test_another_tensor_in_the_place_of_one(tensors):
-    spool = Spool(tensors, 2 * BYTES)
-    spool[0] = torch.zeros(2 * BYTES)  # too large by itself: to disk
-    spool[2] = torch.ones(3)  # there is room for it now
-    assert sorted(spool.kept) == [1, 2]
-    assert torch.equal(spool[0], torch.zeros(2 * BYTES)) and torch.equal(spool[2], torch.ones(3))
+    store = ActivationStore(tensors, 2 * BYTES)
+    store[0] = torch.zeros(2 * BYTES)  # too large by itself: to disk
+    store[2] = torch.ones(3)  # there is room for it now
+    assert sorted(store.in_memory) == [1, 2]
+    assert torch.equal(store[0], torch.zeros(2 * BYTES)) and torch.equal(store[2], torch.ones(3))
 
 
 def test_the_folder_goes_away(tensors):
-    spool = Spool(tensors, 0)
-    folder = Path(spool.folder.name)
+    store = ActivationStore(tensors, 0)
+    folder = Path(store.folder.name)
     assert folder.is_dir()
-    del spool
+    del store
     assert not folder.exists()

@@ -1,12 +1,10 @@
-"""Calibration data and the chain of blocks."""
+"""Calibration data, from whatever gives images."""
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from repvgg_hf import RepVGGBackbone, RepVGGForImageClassification, RepVGGModel
-from repvgg_hf.compression.ptq.data import CalibrationData, block_chain, patches, quantizable
+from repvgg_hf.compression.ptq.data import CalibrationData
 
 
 @pytest.fixture
@@ -70,41 +68,3 @@ def test_every_kind_of_data_gives_the_same_batches(images):
 def test_bad_data(data, message):
     with pytest.raises(ValueError, match=message):
         CalibrationData(data)
-
-
-@pytest.mark.parametrize("squeeze", [False, True])
-def test_chain_runs_as_the_model_does(squeeze, tiny_config, images):
-    fields = {"use_squeeze_excitation": squeeze, "deploy": True}
-    for model_class in (RepVGGForImageClassification, RepVGGModel, RepVGGBackbone):
-        model = model_class(tiny_config(num_labels=4, **fields)).eval()
-        x = images
-        names = []
-        for block in block_chain(model).items():
-            x = block[1](x)
-            names += [name for name, _ in quantizable(*block)]
-        outputs = model(images)
-        expected = outputs.feature_maps[-1] if model_class is RepVGGBackbone else outputs[0]
-        assert torch.allclose(x, expected, atol=1e-6)
-        every = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        assert names == every
-
-
-@pytest.mark.parametrize(
-    "layer, size",
-    [
-        (nn.Conv2d(4, 6, 3, padding=1), (4, 9, 7)),
-        (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 9, 7)),
-        (nn.Conv2d(4, 6, 1), (4, 1, 1)),
-        (nn.Linear(5, 3), (5,)),
-    ],
-    ids=str,
-)
-def test_weight_times_patches_is_the_output(layer, size, generator, monkeypatch):
-    monkeypatch.setattr("repvgg_hf.compression.ptq.data.PATCH_BYTES", 4000)  # so that there are several pieces
-    x = torch.randn(5, *size, generator=generator)
-    pieces = list(patches(layer, x))
-    assert len(pieces) == 1 if isinstance(layer, nn.Linear) else True
-    columns = torch.cat(pieces, dim=2)  # [G, d, positions]
-    out = (layer.weight.reshape(len(columns), -1, columns.shape[1]) @ columns).flatten(0, 1)  # [out, positions]
-    expected = layer(x) - layer.bias.view(-1, *[1] * (len(size) - 1))
-    assert torch.allclose(out, expected.movedim(1, 0).reshape(len(out), -1), atol=1e-5)

@@ -1,12 +1,16 @@
 """Bits for each layer."""
 
+import copy
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repvgg_hf.compression.ptq.mixed_precision import MAX_STATES, allocate_bits
+from repvgg_hf import CalibrationConfig, ClusterConfig
+from repvgg_hf.analysis import bits_per_weight
+from repvgg_hf.compression.ptq.mixed_precision import MAX_STATES, allocate_bits, stored_bits
 
 CHOICES = (1, 2, 4)
 
@@ -52,3 +56,26 @@ def test_a_budget_that_only_the_smallest_choices_meet():
     sizes = {"a": {1: 1_000_003, 2: 2_000_003}, "b": {1: 999_999, 2: 1_999_999}}
     costs = {name: {1: 1.0, 2: 0.0} for name in sizes}
     assert allocate_bits(sizes, costs, 2_000_002) == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("target", [2.2, 3.2, 5.0])
+def test_mixed_precision_meets_its_target_and_beats_the_same_bits_everywhere(target, model, images):
+    how = CalibrationConfig(target_bits_per_weight=target)
+    quantized = copy.deepcopy(model).quantize(calibration=images, calibration_config=how)
+    config = quantized.config.quantization_config
+    assert bits_per_weight(quantized) <= target
+    assert bits_per_weight(quantized) > target - 0.5  # no layer has room for another bit, in a net this small
+    layers = [name for name, layer in quantized.named_modules() if hasattr(layer, "weight_codes")]
+    assert list(config.bits_overrides) == layers
+    assert all(quantized.get_submodule(name).bits == bits for name, bits in config.bits_overrides.items())
+
+
+def test_stored_bits_are_those_of_the_checkpoint(model, images):
+    uniform = {"method": "uniform", "granularity": "per_channel"}
+    for options in ({}, {"granularity": "per_channel"}, {"codebook_dtype": "int8"}, uniform):
+        config = ClusterConfig(bits=3, **options)
+        quantized = copy.deepcopy(model).quantize(config)
+        layers = [(n, m) for n, m in quantized.named_modules() if hasattr(m, "weight_codes")]
+        total = sum(stored_bits(name, torch.Size(layer.weight_shape), 3, config) for name, layer in layers)
+        weights = sum(layer.weight_numel for _, layer in layers)
+        assert total / weights == pytest.approx(bits_per_weight(quantized))
