@@ -1,4 +1,8 @@
-"""How heavy the tails of a model's kernels are, which decides how many bits they need."""
+"""Measuring how heavy the tails of a model's kernels are, which decides how many bits they need.
+
+A few bits must cover the whole range of a kernel's entries, so a few entries far from the others (outliers) cost the
+precision of all. Fusing adds the kernels of a block's branches, which can make such outliers.
+"""
 
 from collections.abc import Iterable
 
@@ -10,11 +14,22 @@ BIN_WIDTH = 0.5  # standard deviations
 
 @torch.no_grad()
 def kernel_report(model) -> list[dict]:
-    """Outlier figures of every fused kernel and linear weight, in the model's order; the model is not changed.
+    """Measure the outliers of every fused kernel and linear weight; the model is not changed.
 
-    Each entry holds `name`, `shape`, `std`, `max_over_std` (the largest magnitude in standard deviations) and
-    `kurtosis` (the fourth standardized moment, 3 for a normal distribution). Branches are fused for the purpose.
-    """
+    Args:
+        model ([`RepVGGPreTrainedModel`]): a model with branches or fused, float. Branches are fused for the purpose.
+
+    Returns a dictionary for each weight, in the model's order: `name`, `shape`, `std` (the standard deviation),
+    `max_over_std` (the largest magnitude in standard deviations) and `kurtosis` (the fourth standardized moment, 3 for
+    a normal distribution).
+
+    Example:
+    ```python
+    >>> from repvgg_hf import RepVGGConfig, RepVGGForImageClassification, kernel_report
+
+    >>> model = RepVGGForImageClassification(RepVGGConfig(num_labels=10))
+    >>> worst = max(kernel_report(model), key=lambda entry: entry["kurtosis"])
+    ```"""
     fused = model.fused_convolutions()
     inside = tuple(f"{name}." for name in fused)
     return [
@@ -25,7 +40,7 @@ def kernel_report(model) -> list[dict]:
 
 
 def tail_figures(weight: torch.Tensor) -> dict:
-    """`shape`, `std`, `max_over_std` and `kurtosis` of a tensor, computed in float64."""
+    """Return `shape`, `std`, `max_over_std` and `kurtosis` of a tensor of any shape, computed in float64."""
     centered = weight.double() - weight.double().mean()
     variance = centered.square().mean()
     return {
@@ -37,11 +52,16 @@ def tail_figures(weight: torch.Tensor) -> dict:
 
 
 def kernel_histogram(tensors: torch.Tensor | Iterable[torch.Tensor], name: str = "kernels") -> dict:
-    """How the entries of a kernel, or of several together, are distributed, in standard deviations of their kernel.
+    """Count how the entries of a kernel, or of several together, are distributed.
 
-    Each tensor is centered and divided by its standard deviation, since codebooks and ranges are chosen for each. Bin
-    `i` of `counts` begins at `(first + i) * bin_width`; `largest` is the largest magnitude. Raises `ValueError` with
-    `name` for no, constant or non-finite entries.
+    Each tensor is centered and divided by its standard deviation, since codebooks and ranges are chosen for each.
+
+    Args:
+        tensors (`torch.Tensor` or several): kernels of any shape.
+        name (`str`, defaults to `"kernels"`): what they are called in errors.
+
+    Returns a dictionary: `first`, `bin_width` and `counts`, where bin `i` begins at `(first + i) * bin_width` standard
+    deviations, and `largest`, the largest magnitude. Raises `ValueError` for no, constant or non-finite entries.
     """
     values = _standardized(name, tensors)
     bins = (values / BIN_WIDTH).floor().long()
@@ -51,7 +71,7 @@ def kernel_histogram(tensors: torch.Tensor | Iterable[torch.Tensor], name: str =
 
 
 def _standardized(name: str, tensors: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-    """All entries, float64, each tensor centered and divided by its standard deviation."""
+    """Return all entries, float64, with each tensor centered and divided by its standard deviation."""
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     parts = []
     for index, tensor in enumerate(tensors):

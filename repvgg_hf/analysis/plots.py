@@ -1,4 +1,4 @@
-"""Figures for print and screen: accuracy against size, and the distribution of kernels. They need matplotlib."""
+"""Drawing figures for print and screen: accuracy against size, and the distribution of kernels. Needs matplotlib."""
 
 import io
 import math
@@ -41,12 +41,16 @@ def plot_accuracy(
     """Draw top-1 accuracy against size as `<path>.png` and `<path>.svg`, one line for each method.
 
     Args:
-        results: a mapping for each model: `label` names its line, `top1` is in percent, and there are `bits_per_weight`
-            and `bytes`, as `recipes/ptq.py` writes them. The one labeled `"float"` becomes a dashed horizontal line.
-        path: of the files, without their suffix. The same results give the same bytes.
-        x: `"bits"` stored for each weight, or `"bytes"` of the checkpoint on a logarithmic axis.
-        lowest: where the axis of top-1 begins, in percent, to see the best from nearer; else it shows everything.
-        formats: which of the files to write.
+        results (`list[dict]`): a mapping for each model: `label` names its line, `top1` is in percent, and there are
+            `bits_per_weight` and `bytes`, as `recipes/quantize.py` writes them. The one labeled `"float"` becomes a
+            dashed horizontal line.
+        path (`str` or `Path`): the files' path without its suffix. The same results give the same bytes.
+        x (`str`, defaults to `"bits"`): `"bits"` for the stored bits per weight, or `"bytes"` for the size of the
+            checkpoint on a logarithmic axis.
+        lowest (`float`, *optional*): where the axis of top-1 begins, in percent, to see the best from nearer; by
+            default it shows everything.
+        title (`str`, *optional*): title above the axes.
+        formats (`list[str]`, defaults to `("png", "svg")`): which of the files to write.
 
     Raises `ValueError` naming the argument or row for bad input, `ImportError` without matplotlib.
     """
@@ -57,7 +61,7 @@ def plot_accuracy(
     lines = _lines(results, key)
     reference = lines.pop("float", None)
     if not lines:
-        raise ValueError("results holds no quantized model: give the rows that recipes/ptq.py wrote.")
+        raise ValueError("results holds no quantized model: give the rows that recipes/quantize.py wrote.")
     highest = max(row["top1"] for row in results)
     if lowest is not None and not lowest < highest:
         raise ValueError(f"lowest must be below the best top-1, {highest}, got {lowest!r}.")
@@ -85,12 +89,15 @@ def plot_accuracy(
 
 
 def _lines(results: Sequence[Mapping], key: str) -> dict[str, list[tuple[float, float]]]:
-    """The points `(row[key], top1)` of each label, in ascending order of the first."""
+    """Return the points `(row[key], top1)` of each label, in ascending order of `row[key]`.
+
+    Raises `ValueError` naming the row for a value that is missing or can't be drawn.
+    """
     lines = {}
     for index, row in enumerate(results):
         missing = [name for name in ("label", "top1", key) if name not in row]
         if missing:
-            raise ValueError(f"results[{index}] has no {missing[0]!r}: give the rows that recipes/ptq.py wrote.")
+            raise ValueError(f"results[{index}] has no {missing[0]!r}: give the rows that recipes/quantize.py wrote.")
         size, top1 = row[key], row["top1"]
         if not (math.isfinite(size) and size > 0):
             raise ValueError(f"results[{index}] ({row['label']}) has {key}={size!r}, which must be positive.")
@@ -101,7 +108,7 @@ def _lines(results: Sequence[Mapping], key: str) -> dict[str, list[tuple[float, 
 
 
 def _byte_axis(matplotlib, axes) -> None:
-    """A logarithmic axis with sizes in words, also where it is shorter than a power of ten."""
+    """Make the x axis logarithmic, with sizes in words also where it is shorter than a power of ten."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda size, _: _byte_text(size)))
@@ -109,6 +116,7 @@ def _byte_axis(matplotlib, axes) -> None:
 
 
 def _byte_text(size: float) -> str:
+    """Write a size with its unit, such as `1.5 MB`."""
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u), (1, "B"))
     return f"{size / unit:.3g} {name}"
 
@@ -121,14 +129,16 @@ def plot_kernel_histogram(
 ) -> None:
     """Draw how the entries of some kernels are distributed as `<path>.png` and `<path>.svg`, on a logarithmic axis.
 
-    Args:
-        kernels: by name, such as `"BN"` and `"OABN"`, a kernel or several of any shape, which
-            [`~repvgg_hf.analysis.kernel_histogram`] counts, or what it returned.
-        path: of the files, without their suffix.
-        formats: which of the files to write.
+    A normal distribution of as many entries as the first name has is drawn for comparison.
 
-    A normal distribution of as many entries as the first name has is drawn for comparison. Raises `ValueError` naming
-    the kernels for no or constant or non-finite entries, `ImportError` without matplotlib.
+    Args:
+        kernels (`dict`): by name, such as `"BN"` and `"OABN"`, a kernel or several of any shape, whose entries
+            [`~repvgg_hf.analysis.kernel_histogram`] counts, or what it returned.
+        path (`str` or `Path`): the files' path without its suffix. The same kernels give the same bytes.
+        title (`str`, *optional*): title above the axes.
+        formats (`list[str]`, defaults to `("png", "svg")`): which of the files to write.
+
+    Raises `ValueError` naming the kernels for no or constant or non-finite entries, `ImportError` without matplotlib.
     """
     matplotlib = import_matplotlib()
     if not kernels:
@@ -165,19 +175,22 @@ def plot_kernel_histogram(
 
 
 def _plain(label: str) -> str:
-    """A label that is shown as it is: no formula between dollars, and not hidden for its first character."""
+    """Return a label that is shown as it is: no formula between dollars, and not hidden for its first character."""
     return label.lstrip("_").replace("$", r"\$")
 
 
 def _add_legend(figure, axes) -> None:
-    """Below the axes, which keep the whole width, or beside them if there are many lines."""
+    """Add a legend below the axes, which keep the whole width, or beside them if there are many lines."""
     few = len(axes.get_legend_handles_labels()[1]) <= 6
     place = {"loc": "outside lower center", "ncols": 2} if few else {"loc": "outside right upper"}
     figure.legend(frameon=False, handlelength=3, **place)
 
 
 def import_matplotlib():
-    """matplotlib with what is needed of it. `pyplot` is left alone: it would choose a backend for the whole process."""
+    """Import matplotlib without `pyplot`, which would choose a backend for the whole process; returns the module.
+
+    Raises `ImportError` that says what to install.
+    """
     try:
         import matplotlib
         import matplotlib.figure
@@ -189,7 +202,10 @@ def import_matplotlib():
 
 
 def _save(figure, path: str | Path, formats: Sequence[str]) -> None:
-    """Write the files, through temporary ones, and without what would differ from day to day."""
+    """Write the files through temporary ones, without what would differ from day to day.
+
+    Raises `ValueError` for a path with a suffix or an unknown format.
+    """
     path = Path(path)
     if path.suffix.lower() in (".png", ".svg"):
         raise ValueError(f"path is {str(path)!r}: leave out the suffix, formats={list(formats)} are written.")

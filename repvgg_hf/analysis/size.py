@@ -1,4 +1,4 @@
-"""What a model's weights take on disk."""
+"""Measuring what a model's weights take on disk."""
 
 from pathlib import Path
 
@@ -8,7 +8,11 @@ from ..runtime.cluster_layers import ClusterLayer
 
 
 def bits_per_weight(model) -> float:
-    """Bits stored for each entry of the model's convolution and linear weights: codes, codebooks and channel scales."""
+    """Return the bits stored per entry of the model's convolution and linear weights.
+
+    A quantized weight takes codes (a few bits for each entry), codebooks (the tables of values that they select from)
+    and channel scales (a factor for each output channel); a float one takes its entries. Biases are not counted.
+    """
     stored_bits, numel = 0, 0
     for module in model.modules():
         if isinstance(module, ClusterLayer):
@@ -22,7 +26,7 @@ def bits_per_weight(model) -> float:
 
 
 def checkpoint_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files in a checkpoint folder. Raises `ValueError` if there are none."""
+    """Return the bytes of the weight files in a checkpoint folder. Raises `ValueError` if there are none."""
     files = list(Path(folder).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file: give a folder that save_pretrained wrote.")

@@ -1,4 +1,8 @@
-"""Model cards, results, and publishing on the Hub."""
+"""Model cards made from results, and publishing on the Hub.
+
+`card.py` makes the text, `folder.py` all files of a repository, `upload.py` the commit; `publishing.py` joins them. May
+import runtime/ and analysis/.
+"""
 
 from .card import ModelCard
 from .complexity import Complexity, measure_complexity

@@ -1,4 +1,4 @@
-"""Make model cards and their figures again from the JSON they were made from.
+"""Make model cards and their figures again from the JSON that they were made from.
 
 python -m repvgg_hf.hub model_cards/repvgg-*.json      # writes a .md beside each .json, and its figures into plots/
 

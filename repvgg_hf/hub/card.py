@@ -22,6 +22,7 @@ from .tables import (
     code_block,
     file_size,
     folded,
+    granularity_in_words,
     kernels_table,
     latency_table,
     methods_table,
@@ -43,7 +44,8 @@ CITATION = """@article{niu2024outlier,
   year      = {2021}
 }"""
 
-MADE_ALIKE = ("method", "granularity", "training", "activation_bits")  # what models share that differ in bits alone
+# what models share that differ in bits alone
+MADE_ALIKE = ("method", "granularity", "channel_scale", "training", "activation_bits")
 
 
 @dataclass
@@ -51,14 +53,15 @@ class ModelCard:
     """All that one card is made of; `str(card)` is the README.md.
 
     Args:
-        repo_id: `"namespace/name"` of the repository.
-        config: the published model's `config.json`, as a dictionary.
-        image_size: side in pixels of the images that the processor hands to the model.
-        results: what was measured, if anything was.
-        published: name among `results.models` of the published model.
-        revision: branch or tag that holds it, if not `main`.
-        plots: caption by path in the repository, of the figures drawn from `results` and of others.
-        license: of the weights, as the Hub spells it.
+        repo_id (`str`): `"namespace/name"` of the repository.
+        config (`dict`): the published model's `config.json`.
+        image_size (`int`): side in pixels of the square images that the processor hands to the model.
+        results ([`Results`], *optional*): what was measured, if anything was.
+        published (`str`, *optional*): name of the published model in `results.models`.
+        revision (`str`, *optional*): branch or tag that holds the model, if not `main`.
+        plots (`dict[str, str]`, *optional*): captions by path in the repository, of the figures drawn from `results`
+            and of others.
+        license (`str`, defaults to `"apache-2.0"`): license of the weights, as the Hub spells it.
 
     Raises `ValueError` naming the field for a bad value.
     """
@@ -81,9 +84,11 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelCard":
+        """Read a card from a file that `to_json` wrote. Raises `ValueError` naming the field for a bad one."""
         return build(cls, read_json(path), "card")
 
     def to_json(self, path: str | Path) -> None:
+        """Write all that the card is made of into a file that `from_json` reads."""
         write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def __str__(self) -> str:
@@ -94,14 +99,17 @@ class ModelCard:
 
     @property
     def name(self) -> str:
+        """The repository's name, with the revision if the card is of one."""
         return self.repo_id.rpartition("/")[2] + (f" ({self.revision})" if self.revision else "")
 
     @cached_property
     def model_config(self) -> RepVGGConfig:
+        """The published model's configuration."""
         return RepVGGConfig.from_dict({key: value for key, value in self.config.items() if key != "auto_map"})
 
     @cached_property
     def quantization(self) -> ClusterConfig | None:
+        """How the published model is quantized; `None` for float weights."""
         stored = self.config.get("quantization_config")
         return None if stored is None else ClusterConfig.from_dict(dict(stored))
 
@@ -111,17 +119,19 @@ class ModelCard:
         quantization = self.quantization
         if quantization is None:
             return "float weights"
-        kind = "k-means codebooks" if quantization.method == "cluster" else "evenly spaced codebooks"
-        granularity = quantization.granularity.replace("_", " ")
+        codebooks = f"{quantization.quantization_method.title} {granularity_in_words(quantization.granularity, False)}"
         scale = " and a scale for each output channel" if quantization.channel_scale else ""
-        weights = f"{quantization.bits}-bit weights ({kind} {granularity}{scale})"
+        weights = f"{quantization.bits}-bit weights ({codebooks}{scale})"
         activations = quantization.activation_bits
         return weights if activations is None else f"{weights} and {activations}-bit activations"
 
     def introduction(self) -> str:
+        """Return the title, what the model is, and its accuracy and size."""
         config = self.model_config
         form = (
-            "fused into one convolution a layer" if config.deploy else "in train form, with the branches of every layer"
+            "fused into one convolution per layer"
+            if config.deploy
+            else "in train form, with the branches of every layer"
         )
         lines = [
             f"# {cell(self.name)}",
@@ -145,6 +155,7 @@ class ModelCard:
         return "\n".join(lines)
 
     def usage(self) -> str:
+        """Return the section that shows how to load the model."""
         revision = f', revision="{self.revision}"' if self.revision else ""
         code = (
             "from transformers import pipeline\n\n"
@@ -160,6 +171,7 @@ class ModelCard:
         )
 
     def model_section(self) -> str:
+        """Return the section with the model's complexity, in train form and fused."""
         forms = [measure_complexity(self.model_config, self.image_size, deploy) for deploy in (False, True)]
         rows = [
             ["parameters", *(f"{form.parameters:,}" for form in forms)],
@@ -170,6 +182,7 @@ class ModelCard:
         return f"## Model\n\n{table(['', 'train form', 'fused'], rows)}"
 
     def results_section(self) -> str:
+        """Return the section with all that was measured; empty if nothing was."""
         if self.results is None:
             return ""
         results = self.results
@@ -184,6 +197,7 @@ class ModelCard:
         return "\n\n".join(part for part in parts if part)
 
     def making_section(self) -> str:
+        """Return the section with the description and the commands; empty if there are none."""
         if self.results is None or not (self.results.description or self.results.commands):
             return ""
         parts = ["## How it was made"]
@@ -194,6 +208,7 @@ class ModelCard:
         return "\n\n".join(parts)
 
     def limits(self) -> str:
+        """Return the section that says what the model is not good for and what was not measured."""
         lines = ["## Limits", ""]
         if self.quantization is not None:
             lines.append(
@@ -214,7 +229,7 @@ class ModelCard:
         return "\n".join(lines)
 
     def metadata(self) -> ModelCardData:
-        """The YAML block: tags, license, and `model-index` with a line for each bit-width."""
+        """Return the YAML block: tags, license, and `model-index` with an entry for each bit-width."""
         tags = ["image-classification", "repvgg", "re-parameterization", "vision"]
         if self.quantization is not None:
             tags += ["quantization", f"{self.quantization.bits}-bit"]
@@ -231,15 +246,16 @@ class ModelCard:
         )
 
     def eval_results(self) -> list[EvalResult]:
-        """Of the published model, then of those made in the same way with other bits, and of the float one.
+        """Return the accuracies of the published model, of those that differ from it in bits alone, and of the float.
 
-        Told apart by the metric's name, config and arguments, as the Hub drops lines that differ in nothing else.
+        They are told apart by the metric's name, config and arguments, as the Hub drops entries that differ in nothing
+        else.
         """
-        own, dataset = self.results.select(self.published)[0], self.results.dataset
+        shown, dataset = self.results.select(self.published)[0], self.results.dataset
         kin = [
             result.model
             for result in self.results.models
-            if result.method == "float" or all(getattr(result, key) == getattr(own, key) for key in MADE_ALIKE)
+            if not result.quantized or all(getattr(result, key) == getattr(shown, key) for key in MADE_ALIKE)
         ]
         names = dict.fromkeys([self.published, *kin])
         entries = []
@@ -266,7 +282,7 @@ class ModelCard:
         return entries
 
     def eval_results_yaml(self) -> str | None:
-        """Contents of a file in `.eval_results/`, with the published model's top-1; `None` without a dataset id."""
+        """Return a file for `.eval_results/`, with the published model's top-1; `None` if the dataset has no Hub id."""
         if self.results is None or self.results.dataset.hub_id is None:
             return None
         rows, dataset = self.results.select(self.published), self.results.dataset
@@ -281,7 +297,7 @@ class ModelCard:
 
 
 def mean_of(rows: list[ModelResult], key: str) -> float | None:
-    """Mean over seeds, rounded to the digits that the card shows; `None` if a seed lacks the figure."""
+    """Return the mean over seeds, rounded to the digits that the card shows; `None` if a seed lacks the figure."""
     values = [getattr(row, key) for row in rows]
     return None if None in values else round(sum(values) / len(values), 2)
 
@@ -299,7 +315,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write through a temporary file, with the same line ends on every system."""
+    """Write `text` through a temporary file, with the same line ends on every system."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(text.encode("utf-8"))
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Parameters, multiply-accumulates and activations of a model, from its configuration alone."""
+"""Counting parameters, multiply-accumulates and activations of a model, from its configuration alone."""
 
 import copy
 from dataclasses import dataclass
@@ -11,9 +11,13 @@ from ..runtime.configuration_repvgg import RepVGGConfig
 
 @dataclass
 class Complexity:
-    """Of one image: `macs` multiply-accumulates and `activations` entries that convolutions and the classifier put out.
+    """What a model takes for one image.
 
-    `parameters` are those that train, in train form, or their fused equivalent, whatever bits they are stored with.
+    Attributes:
+        parameters (`int`): those that train, in train form, or their fused equivalent, whatever bits they are stored
+            with.
+        macs (`int`): multiply-accumulates.
+        activations (`int`): entries that convolutions and the classifier put out.
     """
 
     parameters: int
@@ -22,10 +26,14 @@ class Complexity:
 
 
 def measure_complexity(config: RepVGGConfig, image_size: int, deploy: bool) -> Complexity:
-    """Of the classifier that `config` describes, with branches or fused, on square images of `image_size` pixels.
+    """Count what the classifier that `config` describes takes, from one forward pass that needs no memory.
 
-    Counted in one forward pass without memory (on the `meta` device). Batch norms, activation functions and
-    means are not counted, as is usual.
+    The pass runs on the `meta` device. Batch norms, activation functions and means are not counted, as is usual.
+
+    Args:
+        config ([`RepVGGConfig`]): the classifier's configuration; how it is quantized changes nothing.
+        image_size (`int`): side in pixels of a square image.
+        deploy (`bool`): count the fused model instead of the one with branches.
     """
     from ..runtime.modeling_repvgg import RepVGGForImageClassification
 
@@ -41,7 +49,7 @@ def measure_complexity(config: RepVGGConfig, image_size: int, deploy: bool) -> C
 
 
 class _Counter(TorchDispatchMode):
-    """Sees every operation, also those that no module's hook would: branches may call a convolution themselves."""
+    """A mode that sees every operation, also those that no module's hook would: branches may call a convolution."""
 
     def __init__(self):
         super().__init__()

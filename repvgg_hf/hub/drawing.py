@@ -1,4 +1,4 @@
-"""The figures of a card, drawn from its results alone, so that they can be drawn again from `card.json`."""
+"""Drawing the figures of a card from its results alone, so that they can be drawn again from `card.json`."""
 
 import statistics
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..analysis.plots import import_matplotlib, plot_accuracy, plot_kernel_histogram
 from .results import Results
-from .tables import by_model
+from .tables import by_model, granularity_in_words
 
 CAPTIONS = {
     "accuracy": "Top-1 accuracy against the bytes of the checkpoint, a line for each way to quantize.",
@@ -16,10 +16,10 @@ CAPTIONS = {
 
 
 def figure_paths(results: Results | None, repo_id: str) -> dict[str, str]:
-    """Path in the repository of each figure that `results` has the measurements for, by kind."""
+    """Return the path in the repository of each figure that `results` has the measurements for, by kind."""
     if results is None:
         return {}
-    quantized = {result.model for result in results.models if result.method != "float"}
+    quantized = {result.model for result in results.models if result.quantized}
     kinds = {"accuracy": len(quantized) > 1, "kernels": bool(results.histograms)}
     # with the repository's name: committed cards of several models share a folder
     return {kind: f"plots/{repo_id.rpartition('/')[2]}-{kind}.svg" for kind, there in kinds.items() if there}
@@ -28,9 +28,10 @@ def figure_paths(results: Results | None, repo_id: str) -> dict[str, str]:
 def draw_figures(
     results: Results | None, repo_id: str, folder: Path, only: Iterable[str] | None = None
 ) -> dict[str, str]:
-    """Draw the figures below `folder`; returns captions by path there.
+    """Draw the figures of `results` below `folder`; returns captions by path there.
 
-    `only` leaves out those whose paths are not in it. Without matplotlib raises `ImportError`, which names the choices.
+    With `only`, figures whose paths are not in it are left out. Without matplotlib `ImportError` is raised, which names
+    the choices.
     """
     paths = figure_paths(results, repo_id)
     paths = {kind: path for kind, path in paths.items() if only is None or path in only}
@@ -53,11 +54,11 @@ def draw_figures(
 
 
 def accuracy_rows(results: Results) -> list[dict]:
-    """A point for each model, seeds averaged, as `plot_accuracy` takes them."""
+    """Return a point for each model, averaged over seeds, as [`~repvgg_hf.analysis.plots.plot_accuracy`] takes them."""
     rows = []
     for measurements in by_model(results.models).values():
         first = measurements[0]
-        granularity = (first.granularity or "").removeprefix("per ").replace(" with channel scale", " + channel scale")
+        granularity = granularity_in_words(first.granularity, first.channel_scale)
         activations = f"{first.activation_bits}-bit activations" if first.activation_bits else ""
         row = {"label": ", ".join(filter(None, [first.method, granularity, activations, first.training]))}
         for key in ("top1", "bytes"):

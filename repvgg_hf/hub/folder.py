@@ -1,4 +1,4 @@
-"""One folder with all that a Hub repository of a RepVGG model holds."""
+"""Writing a folder with all that a Hub repository of a RepVGG model holds."""
 
 import json
 import os
@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..analysis import checkpoint_bytes
-from ..runtime.weight_files import weight_files, weights_checksum
+from ..runtime.checkpoints import weight_files, weights_checksum
+from ..runtime.configuration_repvgg import RepVGGConfig
 from .card import ModelCard, check_repo_id, write_text
 from .drawing import draw_figures
-from .results import Results
-from .runtime_files import AUTO_MAP, runtime_files
+from .results import FLOAT, Results
+from .runtime_files import auto_map, runtime_files
 
 
 def write_folder(
@@ -32,10 +33,14 @@ def write_folder(
 ) -> ModelCard:
     """Write weights, configuration, processor, card and runtime code into a new folder; returns the card.
 
-    `card.json` holds what the card was made of: `python -m repvgg_hf.hub card.json` makes it and its figures again.
+    `card.json` there holds what the card was made of: `python -m repvgg_hf.hub card.json` makes it and its figures
+    again. The folder appears when it is complete.
 
-    The folder appears when it is complete. The other arguments are those of [`~repvgg_hf.hub.publish`]. Raises
-    `ValueError` if it holds something already, or for what `publish` raises it for.
+    Args:
+        folder (`str` or `Path`): the new folder.
+
+    The other arguments are those of [`~repvgg_hf.hub.publish`]. Raises `ValueError` if the folder holds something
+    already, and what `publish` raises before it sends anything.
     """
     check_repo_id(repo_id)
     check_model(model)
@@ -43,7 +48,7 @@ def write_folder(
     with complete_folder(folder) as target:
         model.save_pretrained(target)
         processor.save_pretrained(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+        config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": auto_map()}
         if "quantization_config" not in config:  # which has a checksum of its own
             config["weights_checksum"] = weights_checksum(weight_files(target))
         write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -73,7 +78,7 @@ def write_folder(
 
 @contextmanager
 def complete_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` at the end of the block, unless something raised.
+    """Give a folder to fill, which becomes `folder` at the end of the `with` block, unless something raised.
 
     Raises `ValueError` if `folder` holds something already.
     """
@@ -91,7 +96,10 @@ def complete_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def copy_plots(plots: dict[str, str | Path], target: Path) -> dict[str, str]:
-    """Copy images, given by caption, into `target`; returns captions by path there. `ValueError` for no image file."""
+    """Copy images, given by caption, into `target`; returns captions by path there.
+
+    Raises `ValueError` for a path that is no image file, or for two files of one name.
+    """
     captions = {}
     for caption, path in plots.items():
         path = Path(path)
@@ -107,17 +115,22 @@ def copy_plots(plots: dict[str, str | Path], target: Path) -> dict[str, str]:
 
 def check_model(model) -> None:
     """Raise `ValueError` unless `model` is a RepVGG classifier that can be published as it is."""
-    if type(model).__name__ != "RepVGGForImageClassification":
+    # no isinstance: the class may be of a copy of the code that came with a checkpoint
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type != RepVGGConfig.model_type or model.base_model is model:  # a model without a head is its own base
         raise ValueError(
             f"publish() takes a RepVGGForImageClassification, got {type(model).__name__}: backbones and headless "
             "models load from the classifier's repository."
         )
-    if any(getattr(module, "weight_fake_quant", None) is not None for module in model.modules()):
+    if model.config.qat_config is not None:
         raise ValueError("The model is being trained with quantized weights: call quantize() before publishing it.")
 
 
 def processor_image_size(processor) -> int:
-    """Side in pixels of the square that `processor` hands to the model."""
+    """Return the side in pixels of the square images that `processor` hands to the model.
+
+    Raises `ValueError` if they are not square.
+    """
     size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
     size = dict(size)
     height, width = size.get("height"), size.get("width")
@@ -130,8 +143,11 @@ def processor_image_size(processor) -> int:
 
 
 def find_published(config: dict, results: Results, weight_bytes: int) -> str:
-    """Name in `results.models` of the model of `config` whose weight files have `weight_bytes` bytes."""
-    quantization = config.get("quantization_config") or {"method": "float", "bits": 32}
+    """Return the name in `results.models` of the model that `config` and the size of its weight files describe.
+
+    Raises `ValueError` if none fits, or several do.
+    """
+    quantization = config.get("quantization_config") or {"method": FLOAT, "bits": 32}
     method, bits = quantization["method"], quantization["bits"]
     mixed = bool(quantization.get("bits_overrides"))  # figures then name the mean
     of_its_kind = [row for row in results.models if row.method == method and (mixed or row.bits == bits)]

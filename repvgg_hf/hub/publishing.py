@@ -1,4 +1,4 @@
-"""Put models on the Hub: one folder, one commit, nothing half-done."""
+"""Publishing models on the Hub: one folder, one commit, nothing half-done."""
 
 import tempfile
 from functools import partial
@@ -38,24 +38,29 @@ def publish(
     Publishing the same again uploads nothing and makes no commit.
 
     Args:
-        model: a `RepVGGForImageClassification`, float or quantized.
-        repo_id: `"namespace/name"`; the repository is created if there is none.
-        results: what was measured; the card shows these figures and no others.
+        model ([`RepVGGForImageClassification`]): the classifier, float or quantized.
+        repo_id (`str`): `"namespace/name"`; the repository is created if there is none.
+        results ([`Results`], *optional*): what was measured; the card shows these figures and no others.
         processor: the image processor that the model was evaluated with.
-        published: name in `results.models` of this model; default the one with its method, bits and bytes.
-        plots: more image files for the card, by caption.
-        draw_plots: draw accuracy against bytes, and the kernels' entries if `results` has them, for the card; needs
-            matplotlib. `False` makes a card of text.
-        license: of the weights, as the Hub spells it.
-        private: for a new repository. With `True` an existing public one is refused.
-        revision: branch to publish to, created (empty) if there is none; default `main`.
-        tag: to put on the commit.
-        create_pr: open a pull request instead of changing the branch.
-        overwrite: publish into a repository with other content than a RepVGG model. Its other files stay.
-        commit_message: default "Publish <name>".
-        token: as in `huggingface_hub`; default the one that you logged in with.
-        folder: keep a copy of the files in this new folder.
-        dry_run: write `folder` and stop.
+        published (`str`, *optional*): name of this model in `results.models`; by default the one with its method, bits
+            and bytes.
+        plots (`dict[str, str | Path]`, *optional*): more image files for the card, by caption.
+        draw_plots (`bool`, defaults to `True`): draw accuracy against bytes, and the distribution of the kernels'
+            entries if `results` has it, for the card; needs matplotlib. `False` makes a card of text.
+        license (`str`, defaults to `"apache-2.0"`): license of the weights, as the Hub spells it.
+        private (`bool`, *optional*): whether a new repository is private. With `True` an existing public one is
+            refused.
+        revision (`str`, *optional*): branch to publish to, created (empty) if there is none; `main` by default.
+        tag (`str`, *optional*): tag to put on the commit.
+        create_pr (`bool`, defaults to `False`): open a pull request instead of changing the branch.
+        overwrite (`bool`, defaults to `False`): publish into a repository with other content than a RepVGG model. Its
+            other files stay.
+        commit_message (`str`, *optional*): first line of the commit, "Publish <name>" by default.
+        token (`str` or `bool`, *optional*): as in `huggingface_hub`; by default the one that you logged in with.
+        folder (`str` or `Path`, *optional*): new folder in which a copy of the files is kept.
+        dry_run (`bool`, defaults to `False`): write `folder` and stop.
+
+    Returns where the model is, as [`Published`], or `None` after a dry run.
 
     Raises `ValueError` for a bad argument, before anything is sent, and for a repository that is not ours to change;
     `ImportError` without matplotlib; `HfHubHTTPError` if the Hub refuses; `ConnectionError` if it can't be reached. The
@@ -101,10 +106,14 @@ def publish_family(
     all of them are written.
 
     Args:
-        collection: title of a collection to put the repositories into, created if there is none.
-        published: name in `results.models`, by name of the model.
-        folder: keep a copy of the files in this new folder, those of each model in `<folder>/<name>`.
-        dry_run: write `folder` and stop.
+        models (`dict[str, RepVGGForImageClassification]`): the models, by the name that each has in its repository or
+            branch.
+        as_revisions (`bool`, defaults to `False`): publish into branches of one repository.
+        collection (`str`, *optional*): title of a collection to put the repositories into, created if there is none.
+        published (`dict[str, str]`, *optional*): name in `results.models`, by name of the model.
+        folder (`str` or `Path`, *optional*): new folder in which a copy of the files is kept, those of each model in
+            `<folder>/<name>`.
+        dry_run (`bool`, defaults to `False`): write `folder` and stop.
 
     The other arguments, and what is raised, are those of [`publish`].
     """
@@ -137,6 +146,7 @@ def publish_family(
 
 
 def check_dry_run(dry_run: bool, folder: str | Path | None) -> None:
+    """Raise `ValueError` for a dry run that would keep nothing."""
     if dry_run and folder is None:
         raise ValueError("dry_run writes the files and stops: say where with folder=<new folder>.")
 

@@ -9,19 +9,22 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
-METHODS = ("float", "uniform", "cluster")
+from ..runtime.quantization_methods import METHODS
+
+FLOAT = "float"  # the method of a row whose weights are not quantized
+GRANULARITIES = {"per_tensor": "per tensor", "per_channel": "per channel", "per_group": "per group"}
 
 
 @dataclass
 class DatasetInfo:
-    """What accuracy was measured on.
+    """The data that accuracy was measured on.
 
     Args:
-        name: as people call it.
-        split: the part that was evaluated.
-        hub_id: of the dataset on the Hub, if it is there; `.eval_results` is written only with it.
-        revision: the dataset's commit on the Hub.
-        task_id: of the evaluation, as the dataset's own `eval.yaml` calls it.
+        name (`str`): what people call it.
+        split (`str`): the part that was evaluated.
+        hub_id (`str`, *optional*): its id on the Hub, if it is there; `.eval_results` is written only with it.
+        revision (`str`, *optional*): its commit on the Hub.
+        task_id (`str`, defaults to `"default"`): the evaluation, as the dataset's own `eval.yaml` calls it.
     """
 
     name: str
@@ -33,22 +36,28 @@ class DatasetInfo:
 
 @dataclass
 class ModelResult:
-    """One evaluated checkpoint.
+    """The measurement of one checkpoint.
+
+    A quantized weight is a *code* of a few bits, which selects an entry of a *codebook*: a short table of values. A
+    *channel scale* is one more factor for each output channel.
 
     Args:
-        model: its name in tables; measurements of the same name with other seeds are averaged.
-        method: `"float"`, `"uniform"` or `"cluster"`.
-        bits: of a weight's code, their mean if layers differ; 32 for float.
-        top1: accuracy in percent.
-        bytes: of its weight files.
-        bits_per_weight: codes, codebooks and scales together.
-        images: how many were evaluated.
-        seed: of its training.
-        granularity: which weights share a codebook.
-        training: how the quantized weights were found, such as `"QAT"`; nothing means without training.
-        top5: accuracy in percent.
-        loss: mean cross-entropy in nats.
-        activation_bits: of the layers' inputs; nothing if they are float.
+        model (`str`): the name in tables; measurements of the same name with other seeds are averaged.
+        method (`str`): `"float"`, or a method of quantization, `"cluster"` or `"uniform"`.
+        bits (`float`): bits of a weight's code, their mean if layers differ; 32 for float.
+        top1 (`float`): top-1 accuracy in percent.
+        bytes (`int`): size of the weight files.
+        bits_per_weight (`float`): stored bits per weight, with codes, codebooks and scales together.
+        images (`int`): number of images that were evaluated.
+        seed (`int`): seed of the training.
+        granularity (`str`, *optional*): which weights share a codebook: `"per_tensor"`, `"per_channel"` or
+            `"per_group"`; `None` for float.
+        channel_scale (`bool`, defaults to `False`): whether each output channel has a scale beside its codebook.
+        training (`str`, *optional*): how the quantized weights were found, such as `"QAT"`; `None` means without
+            training.
+        top5 (`float`, *optional*): top-5 accuracy in percent.
+        loss (`float`, *optional*): mean cross-entropy in nats.
+        activation_bits (`int`, *optional*): bits of the layers' inputs; `None` if they are float.
     """
 
     model: str
@@ -60,16 +69,29 @@ class ModelResult:
     images: int
     seed: int
     granularity: str | None = None
+    channel_scale: bool = False
     training: str | None = None
     top5: float | None = None
     loss: float | None = None
     activation_bits: int | None = None
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are quantized."""
+        return self.method != FLOAT
+
     def validate(self, where: str) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"{where}.method must be one of {', '.join(METHODS)}, got {self.method!r}.")
-        if self.bits != 32 and not 1 <= self.bits <= 8 or (self.bits == 32) != (self.method == "float"):
+        """Raise `ValueError` for a field, called `where` and its name, whose value is impossible."""
+        if self.method not in (FLOAT, *METHODS):
+            raise ValueError(f"{where}.method must be one of {', '.join((FLOAT, *METHODS))}, got {self.method!r}.")
+        if self.bits != 32 and not 1 <= self.bits <= 8 or (self.bits != 32) != self.quantized:
             raise ValueError(f"{where}.bits must be 32 for float and 1 to 8 otherwise, got {self.bits}.")
+        if self.granularity is not None and self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"{where}.granularity must be one of {', '.join(GRANULARITIES)}, or left out, got {self.granularity!r}."
+            )
+        if not self.quantized and (self.granularity is not None or self.channel_scale):
+            raise ValueError(f"{where} is float and has no codebooks: leave out granularity and channel_scale.")
         for name in ("top1", "top5"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
@@ -85,7 +107,7 @@ class ModelResult:
 
 @dataclass
 class KernelResult:
-    """How heavy the tails of one kernel are, as [`~repvgg_hf.analysis.kernel_report`] gives them."""
+    """The tails of one kernel: an entry of what [`~repvgg_hf.analysis.kernel_report`] returns."""
 
     name: str
     shape: list[int]
@@ -96,14 +118,14 @@ class KernelResult:
 
 @dataclass
 class HistogramResult:
-    """How the entries of a network's kernels are distributed, as [`~repvgg_hf.analysis.kernel_histogram`] counts them.
+    """The distribution of the entries of a network's kernels: what [`~repvgg_hf.analysis.kernel_histogram`] returns.
 
     Args:
-        name: of the network, and of its form, such as `"OABN, fused"`.
-        first: number of the first bin; it begins at `first * bin_width` standard deviations.
-        bin_width: in standard deviations.
-        counts: entries in each bin.
-        largest: magnitude, in standard deviations.
+        name (`str`): the network and its form, such as `"OABN, fused"`.
+        first (`int`): number of the first bin, which begins at `first * bin_width` standard deviations.
+        bin_width (`float`): width of a bin in standard deviations.
+        counts (`list[int]`): number of entries in each bin.
+        largest (`float`): largest magnitude in standard deviations.
     """
 
     name: str
@@ -113,6 +135,7 @@ class HistogramResult:
     largest: float
 
     def validate(self, where: str) -> None:
+        """Raise `ValueError` for a field, called `where` and its name, whose value is impossible."""
         if self.bin_width <= 0:
             raise ValueError(f"{where}.bin_width must be positive, got {self.bin_width}.")
         if not any(self.counts) or min(self.counts) < 0:
@@ -121,7 +144,7 @@ class HistogramResult:
 
 @dataclass
 class LatencyResult:
-    """One timed model: the median of its times, in milliseconds."""
+    """The time that one model takes: the median of several runs, in milliseconds."""
 
     model: str
     engine: str
@@ -130,23 +153,31 @@ class LatencyResult:
     median_ms: float
 
     def validate(self, where: str) -> None:
+        """Raise `ValueError` for a time that is not positive."""
         if self.median_ms <= 0:
             raise ValueError(f"{where}.median_ms must be positive, got {self.median_ms}.")
 
 
 @dataclass
 class Results:
-    """All that a card tells and that was not computed from the model itself.
+    """All that a card tells and that is not computed from the model itself.
+
+    A *branch* is one of the linear maps that a block sums while it trains; fusing adds their kernels. The *dense*
+    branch is the one as large as the fused kernel.
 
     Args:
-        dataset: what accuracy was measured on.
-        models: measurements, a line each.
-        description: how it was trained and calibrated, in a sentence or more.
-        commands: that made the figures.
-        kernels_before: figures of each block's dense kernel with its batch norm, before the other branches are added.
-        kernels_after: figures of each fused kernel.
-        histograms: how the entries of kernels are distributed, such as before and after fusing; for a figure.
-        latency: times, if any were measured.
+        dataset ([`DatasetInfo`]): the data that accuracy was measured on.
+        models (`list[ModelResult]`): the measurements, one for each model and seed.
+        description (`str`): how the model was trained and calibrated, in a sentence or more.
+        commands (`list[str]`): the commands that made the figures.
+        kernels_before (`list[KernelResult]`): the tails of each block's dense kernel with its batch norm, before the
+            other branches are added.
+        kernels_after (`list[KernelResult]`): the tails of each fused kernel.
+        histograms (`list[HistogramResult]`): how the entries of kernels are distributed, such as before and after
+            fusing; for a figure.
+        latency (`list[LatencyResult]`): times, if any were measured.
+
+    Raises `ValueError` naming the field for a value of a wrong type or out of range.
     """
 
     dataset: DatasetInfo
@@ -159,6 +190,7 @@ class Results:
     latency: list[LatencyResult] = field(default_factory=list)
 
     def validate(self, where: str) -> None:
+        """Raise `ValueError` for measurements that don't fit together."""
         if not self.models:
             raise ValueError(f"{where}.models is empty: give at least the measurement of the published model.")
         best = max(result.top1 for result in self.models)
@@ -179,27 +211,31 @@ class Results:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Results":
-        """Raises `ValueError` naming the field for one that is missing, unknown, of a wrong type or out of range."""
+        """Make results from JSON values.
+
+        Raises `ValueError` naming the field for one that is missing, unknown, of a wrong type or out of range.
+        """
         return build(cls, values, "results")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Results":
-        """As `from_dict`, from a file that `to_json` or an editor wrote."""
+        """Read results from a file that `to_json` or an editor wrote; raises what `from_dict` raises."""
         return cls.from_dict(read_json(path))
 
     def to_json(self, path: str | Path) -> None:
+        """Write the results into a file that `from_json` reads."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     def select(self, model: str) -> list[ModelResult]:
-        """The measurements of one model, a seed each."""
+        """Return the measurements of one model, one for each seed."""
         return [result for result in self.models if result.model == model]
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file. Raises `ValueError` if there is none."""
+    """Return the object in a JSON file. Raises `ValueError` if there is none."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -210,7 +246,10 @@ def read_json(path: str | Path) -> dict:
 
 
 def build(cls, values, where: str):
-    """An instance of a dataclass from JSON values, with nothing left over and nothing missing."""
+    """Make an instance of the dataclass `cls` from JSON values, with nothing left over and nothing missing.
+
+    Raises `ValueError` naming the field; `where` is what the values are called in its message.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object with the fields of {cls.__name__}, got {values!r:.80}.")
     hints = get_type_hints(cls)
@@ -234,7 +273,7 @@ def build(cls, values, where: str):
 
 
 def without_none(hint):
-    """`X` of `X | None`, and any other type as it is."""
+    """Return `X` for `X | None`, and any other type as it is."""
     return get_args(hint)[0] if get_origin(hint) in (Union, types.UnionType) else hint
 
 
@@ -243,7 +282,10 @@ def _is_required(entry) -> bool:
 
 
 def check(instance, where: str) -> None:
-    """Types, finiteness and characters of all fields of a dataclass, and of those inside, then its own rules."""
+    """Check types, finiteness and characters of all fields of a dataclass, and of those inside, then its own rules.
+
+    Raises `ValueError` naming the field.
+    """
     for name, hint in get_type_hints(type(instance)).items():
         value = getattr(instance, name)
         check_value(value, hint, f"{where}.{name}")
@@ -257,6 +299,7 @@ def check(instance, where: str) -> None:
 
 
 def check_value(value, hint, where: str) -> None:
+    """Raise `ValueError` if `value`, the field called `where`, is not of the type `hint`, or not one of a card."""
     if value is None and without_none(hint) is not hint:
         return
     hint = without_none(hint)
@@ -267,7 +310,7 @@ def check_value(value, hint, where: str) -> None:
             check_value(entry, get_args(hint)[0], f"{where}[{index}]")
         return
     accepted = (int, float) if hint is float else (hint,)
-    if not isinstance(value, accepted) or isinstance(value, bool):
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):  # a bool is an int to Python
         raise ValueError(f"{where} must be {hint.__name__}, got {value!r:.80}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}: a figure that could not be measured is left out, with its field.")

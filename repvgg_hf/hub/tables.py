@@ -2,11 +2,12 @@
 
 import statistics
 
-from .results import KernelResult, LatencyResult, ModelResult
+from ..runtime.quantization_methods import METHODS
+from .results import GRANULARITIES, KernelResult, LatencyResult, ModelResult
 
 
 def cell(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
+    """Escape `text` so that Markdown and HTML show it as it is, on one line."""
     text = " ".join(text.split())
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
@@ -14,6 +15,7 @@ def cell(text: str) -> str:
 
 
 def code_block(code: str, language: str) -> str:
+    """Return a fenced code block, whose fence is longer than any in `code`."""
     fence = "```"
     while fence in code:
         fence += "`"
@@ -21,7 +23,7 @@ def code_block(code: str, language: str) -> str:
 
 
 def folded(command: str, width: int = 80) -> str:
-    """A command over several lines, broken before options. One with quotes stays as it is: a break may change it."""
+    """Break a command into lines of about `width`, before options. One with quotes stays: a break may change it."""
     if "'" in command or '"' in command:
         return command
     lines, options = [], command.split(" --")
@@ -37,7 +39,7 @@ TEXT = ("weights", "codebooks", "found by", "model", "engine", "device")  # head
 
 
 def table(headings: list[str], rows: list[list[str]], bold: int | None = None) -> str:
-    """Text to the left, figures to the right; row `bold` in bold, columns without any entry left out."""
+    """Return a table with text to the left, figures to the right and row `bold` in bold, without empty columns."""
     columns = [index for index in range(len(headings)) if index == 0 or any(row[index] for row in rows)]
     lines = ["| " + " | ".join(headings[index] for index in columns) + " |"]
     lines.append("|" + "|".join("---" if index == 0 or headings[index] in TEXT else "---:" for index in columns) + "|")
@@ -48,7 +50,7 @@ def table(headings: list[str], rows: list[list[str]], bold: int | None = None) -
 
 
 def quantity(value: int) -> str:
-    """With four significant places and a prefix: `1.361 G`."""
+    """Write a number with four significant places and a prefix: `1.361 G`."""
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.4g} {prefix}"
@@ -56,7 +58,7 @@ def quantity(value: int) -> str:
 
 
 def file_size(size: int) -> str:
-    """With three significant places and a unit: `75.5 kB`."""
+    """Write a size in bytes with three significant places and a unit: `75.5 kB`."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{size / unit:.3g} {name}"
@@ -64,7 +66,7 @@ def file_size(size: int) -> str:
 
 
 def spread(values: list[float | None], digits: int = 2) -> str:
-    """Mean and, for several seeds, the standard deviation; nothing if one is missing."""
+    """Write the mean and, for several seeds, the standard deviation; nothing if a value is missing."""
     if None in values:
         return ""
     text = f"{statistics.fmean(values):.{digits}f}"
@@ -72,35 +74,43 @@ def spread(values: list[float | None], digits: int = 2) -> str:
 
 
 def by_model(models: list[ModelResult]) -> dict[str, list[ModelResult]]:
-    """Measurements by name, a seed each: float first, then by bits from many to few."""
+    """Group measurements by model, one for each seed: float first, then by bits from many to few."""
     groups = {}
     for result in sorted(models, key=lambda result: -result.bits):
         groups.setdefault(result.model, []).append(result)
     return groups
 
 
+def granularity_in_words(granularity: str | None, channel_scale: bool) -> str:
+    """Say which weights share a codebook, such as `per tensor with channel scale`; nothing for float weights."""
+    if granularity is None:
+        return ""
+    return GRANULARITIES[granularity] + (" with channel scale" if channel_scale else "")
+
+
 def loss_against_float(rows: list[ModelResult], floats: dict[int, float]) -> list[float | None]:
+    """Subtract each top-1 from the one of the float model with the same seed; `None` where there is none."""
     return [floats[row.seed] - row.top1 if row.seed in floats else None for row in rows]
 
 
 def models_table(models: list[ModelResult], published: str) -> str:
-    """Bits against accuracy and size, all seeds of a model in one line."""
-    floats = {row.seed: row.top1 for row in models if row.method == "float"}
+    """Return the table of bits, accuracy and size, with all seeds of a model in one line."""
+    floats = {row.seed: row.top1 for row in models if not row.quantized}
     headings = ["weights", "codebooks", "found by", "bits", "activation bits", "top-1", "loss against float", "top-5"]
     headings += ["cross-entropy", "bytes on disk", "bits per weight", "seeds"]
     lines, bold = [], None
     for name, rows in by_model(models).items():
-        first, quantized = rows[0], rows[0].method != "float"
+        first = rows[0]
         bold = len(lines) if name == published else bold
         lines.append(
             [
                 cell(first.method),
-                cell(first.granularity or ""),
+                granularity_in_words(first.granularity, first.channel_scale),
                 cell(first.training or ""),
                 str(first.bits),
                 str(first.activation_bits or ""),
                 spread([row.top1 for row in rows]),
-                spread(loss_against_float(rows, floats)) if quantized else "",
+                spread(loss_against_float(rows, floats)) if first.quantized else "",
                 spread([row.top5 for row in rows]),
                 spread([row.loss for row in rows], 4),
                 f"{statistics.fmean(row.bytes for row in rows):,.0f}",
@@ -112,27 +122,31 @@ def models_table(models: list[ModelResult], published: str) -> str:
 
 
 def methods_table(models: list[ModelResult]) -> str:
-    """Uniform beside cluster, where both were measured with the same bits and made in the same way."""
-    cells = {}
+    """Return the table of top-1 by method, where several were measured with the same bits and made in the same way.
+
+    Whether a channel scale belongs to a codebook is a default of the method, so it is left out of "the same way". Of
+    a method that was measured with and without one, the more accurate model is shown.
+    """
+    accuracies = {}  # top-1 by seed, by place in the table and method
     for rows in by_model(models).values():
-        first = rows[0]
-        # the scale of an output channel is cluster's default and not uniform's: compare what people get
-        granularity = (first.granularity or "").removesuffix(" with channel scale")
-        place = (granularity, first.training or "", first.bits, first.activation_bits or "")
-        cells.setdefault(place, {})[first.method] = spread([row.top1 for row in rows])
-    lines = [
-        [cell(granularity) or "-", cell(training), str(bits), str(activations), methods["uniform"], methods["cluster"]]
-        for (granularity, training, bits, activations), methods in cells.items()
-        if {"uniform", "cluster"} <= methods.keys()
-    ]
-    if not lines:
+        first, top1 = rows[0], [row.top1 for row in rows]
+        granularity = granularity_in_words(first.granularity, channel_scale=False)
+        place = (granularity or "-", cell(first.training or ""), str(first.bits), str(first.activation_bits or ""))
+        methods = accuracies.setdefault(place, {})
+        methods[first.method] = max(methods.get(first.method, top1), top1, key=statistics.fmean)
+    compared = {place: methods for place, methods in accuracies.items() if len(methods) > 1}
+    if not compared:
         return ""
-    headings = ["codebooks", "found by", "bits", "activation bits", "uniform", "cluster"]
-    return f"### Uniform beside cluster, top-1\n\n{table(headings, lines)}"
+    lines = [
+        [*place, *(spread(methods[name]) if name in methods else "" for name in METHODS)]
+        for place, methods in compared.items()
+    ]
+    headings = ["codebooks", "found by", "bits", "activation bits", *METHODS]
+    return f"### Methods side by side, top-1\n\n{table(headings, lines)}"
 
 
 def kernels_table(before: list[KernelResult], after: list[KernelResult]) -> str:
-    """Tails of the convolution kernels before and after fusing."""
+    """Return the table of the tails of the convolution kernels, before and after fusing."""
     parts = []
     for title, kernels in (("before fusing (3x3 branch)", before), ("after fusing", after)):
         kernels = [kernel for kernel in kernels if len(kernel.shape) == 4]
@@ -150,6 +164,7 @@ def kernels_table(before: list[KernelResult], after: list[KernelResult]) -> str:
 
 
 def latency_table(latency: list[LatencyResult]) -> str:
+    """Return the table of measured times."""
     if not latency:
         return ""
     rows = [

@@ -1,4 +1,4 @@
-"""Make a branch on the Hub hold the files of a folder: in one commit, or not at all."""
+"""Making a branch on the Hub hold the files of a folder: in one commit, or not at all."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import sha
 
+from ..runtime.configuration_repvgg import RepVGGConfig
 from .card import check_repo_id
 
 ATTEMPTS = 5  # of a commit, when the Hub or the network fails for the moment
@@ -20,7 +21,15 @@ _STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|plots/.*"
 
 @dataclass
 class Published:
-    """Where a model is; `changed` says whether `commit` is a new one, `pull_request` is its address if any."""
+    """The place on the Hub where a model is.
+
+    Attributes:
+        repo_id (`str`): the repository.
+        revision (`str`): the branch.
+        commit (`str`): the commit that holds the files.
+        changed (`bool`): whether the commit is a new one.
+        pull_request (`str`, *optional*): address of the pull request, if one was opened.
+    """
 
     repo_id: str
     revision: str
@@ -41,7 +50,10 @@ def upload(
     overwrite: bool = False,
     token: str | bool | None = None,
 ) -> Published:
-    """Make a branch of a repository hold the files of `folder`, in one commit. For the arguments see [`publish`]."""
+    """Make a branch of a repository hold the files of `folder`, in one commit.
+
+    The other arguments, and what is raised, are those of [`~repvgg_hf.hub.publish`].
+    """
     check_repo_id(repo_id)
     api, branch = HfApi(token=token), revision or "main"
     commit = None
@@ -71,11 +83,12 @@ def upload(
 
 
 def state(branch: str, commit: str | None) -> str:
+    """Say what is on the Hub after a fault."""
     return f"{branch} is as it was." if commit is None else "The files are published, the tag is not set."
 
 
 def advice(error: HfHubHTTPError, repo_id: str, branch: str, commit: str | None) -> str:
-    """What to do about a refusal of the Hub."""
+    """Say what to do about a refusal of the Hub."""
     status = error.response.status_code
     if status == 401:
         todo = "The token is missing, wrong or expired: log in with `hf auth login`, or pass another token."
@@ -93,7 +106,7 @@ def advice(error: HfHubHTTPError, repo_id: str, branch: str, commit: str | None)
 def commit_folder(
     api: HfApi, folder: Path, repo_id: str, branch: str, head: str, message: str, create_pr: bool
 ) -> tuple[str, str | None]:
-    """(commit that holds the files, address of the pull request): a new commit on top of `head`, or `head` itself.
+    """Commit the files on top of `head`, if they differ; returns (commit that holds them, address of the pull request).
 
     A commit names its parent, so that it can be tried again after a lost answer, and loses against another publisher
     instead of mixing files with theirs.
@@ -112,7 +125,7 @@ def commit_folder(
 
 
 def changes(api: HfApi, folder: Path, repo_id: str, revision: str) -> list:
-    """Operations that turn the files of `revision` into those of `folder`; files of other kinds stay."""
+    """Return the operations that turn the files of `revision` into those of `folder`; files of other kinds stay."""
     remote = {}
     for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True):
         if hasattr(entry, "blob_id"):  # a file, not a folder
@@ -127,7 +140,7 @@ def changes(api: HfApi, folder: Path, repo_id: str, revision: str) -> list:
 
 
 def repeat(function):
-    """The result of `function()`, called again after a pause while the Hub or the network fails for the moment."""
+    """Return `function()`, called again after a pause while the Hub or the network fails for the moment."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return function()
@@ -174,7 +187,7 @@ def check_content(api: HfApi, repo_id: str, head: str) -> None:
     if "config.json" in names:
         path = api.hf_hub_download(repo_id, "config.json", revision=head)
         model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
-    if model_type != "repvgg":
+    if model_type != RepVGGConfig.model_type:
         raise ValueError(
             f"{repo_id} holds something else than a RepVGG model ({', '.join(sorted(names)[:5])}): choose another "
             "repo_id, or pass overwrite=True to add the model beside these files and replace those of the same name."

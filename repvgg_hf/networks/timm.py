@@ -1,4 +1,4 @@
-"""RepVGG models of timm (`repvgg_a0` to `repvgg_d2se`), in train or fused form."""
+"""Converting RepVGG models of timm (`repvgg_a0` to `repvgg_d2se`), with branches or fused."""
 
 import re
 from collections.abc import Mapping
@@ -25,9 +25,12 @@ _LAYER_KEY = re.compile(rf"(?:stem|stages\.(\d+)\.(\d+))\.({'|'.join(map(re.esca
 
 
 def convert_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a timm RepVGG's `state_dict` under the names of [`RepVGGForImageClassification`].
+    """Rename the tensors of a timm RepVGG for [`RepVGGForImageClassification`].
 
-    Raises `ValueError` naming the keys that no RepVGG of timm has.
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): what the timm model's `state_dict()` returned.
+
+    Returns the same tensors under our names. Raises `ValueError` naming the keys that no RepVGG of timm has.
     """
     converted, unknown = {}, []
     for key, tensor in state_dict.items():
@@ -48,11 +51,25 @@ def convert_timm_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str,
 
 
 def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
-    """A [`RepVGGForImageClassification`] with the weights of a timm RepVGG, in the form that it has, train or fused.
+    """Make a [`RepVGGForImageClassification`] with the weights of a timm RepVGG, in the form that it has.
 
-    Its batch normalization is plain, as timm's is. To train it further with OABN, save it and load it with
-    `from_pretrained(folder, oabn=True)`. Raises `ValueError` for a model that is no RepVGG.
-    """
+    The form is train form (with branches) or fused. Batch normalization is plain, as timm's is. To train further with
+    outlier-aware batch normalization (OABN), which bounds what small branches add to the fused kernel, save the model
+    and load it with `from_pretrained(folder, oabn=True)`.
+
+    Args:
+        timm_model (`nn.Module`): a model that `timm.create_model` made. It is not changed, and shares no tensor with
+            the new one.
+
+    Raises `ValueError` for a model that is no RepVGG, or has another activation than ReLU.
+
+    Example:
+    ```python
+    >>> import timm
+    >>> from repvgg_hf.networks import from_timm
+
+    >>> model = from_timm(timm.create_model("repvgg_a0", pretrained=True))
+    ```"""
     state_dict = convert_timm_state_dict(timm_model.state_dict())
     if not isinstance(timm_model.stem.act, nn.ReLU):
         raise ValueError(
@@ -65,7 +82,7 @@ def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
 
 
 def _config_of(timm_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> RepVGGConfig:
-    """The configuration that the shapes describe; strides and epsilon are in no shape and come from the modules."""
+    """Return the configuration that the shapes describe; strides and epsilon, in no shape, come from the modules."""
     deploy = not any(".branches." in key for key in state_dict)
     kernel_key = "conv.weight" if deploy else "conv.branches.3x3.conv.weight"
     stem = state_dict[f"repvgg.embeddings.layer.{kernel_key}"]
@@ -96,4 +113,5 @@ def _config_of(timm_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Re
 
 
 def _stride(layer: nn.Module) -> int:
+    """Return the stride of a layer's convolutions."""
     return max(module.stride[0] for module in layer.modules() if isinstance(module, nn.Conv2d))

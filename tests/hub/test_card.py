@@ -50,7 +50,23 @@ def test_figures_are_those_of_the_results(make_card):
         f"<strong>{entry}</strong>" for entry in
         ("cluster", "per tensor with channel scale", "4", "95.00", "1.50", "99.50", "0.2000", "3,108", "4.40", "1")
     ]  # fmt: skip
-    assert tables(str(make_card()))[2][1] == ["per tensor", "4", "80.25", "95.00"]  # uniform beside cluster
+    assert tables(str(make_card()))[2] == [["codebooks", "bits", "cluster", "uniform"],
+                                           ["per tensor", "4", "95.00", "80.25"]]  # fmt: skip
+
+
+def test_methods_side_by_side(make_card, results):
+    """Only what is alike but for the method and its channel scale; with and without one, the more accurate."""
+    uniform, cluster = results.models[1:]
+    more = [
+        replace(cluster, model="no scale", channel_scale=False, top1=90.0),
+        replace(cluster, model="worse scale", granularity="per_channel", top1=70.0),
+        replace(cluster, model="better without", granularity="per_channel", channel_scale=False, top1=71.0),
+        replace(uniform, model="per channel", granularity="per_channel", top1=69.0),
+        replace(uniform, model="8 bits", bits=8, top1=96.0),
+        replace(uniform, model="QAT", training="QAT", top1=94.0),
+    ]
+    (_, *rows) = tables(str(make_card(results=replace(results, models=results.models + more))))[2]
+    assert rows == [["per tensor", "4", "95.00", "80.25"], ["per channel", "4", "71.00", "69.00"]]
 
 
 def test_nothing_without_a_measurement(make_card, results):
@@ -59,7 +75,7 @@ def test_nothing_without_a_measurement(make_card, results):
     sparse = replace(results, models=[replace(results.models[2], top5=None, loss=None)])
     headings = tables(str(make_card(results=sparse)))[1][0]
     assert not {"top-5", "cross-entropy", "loss against float", "found by"} & set(headings)
-    for title in ("Latency", "Outliers", "Uniform beside", "How it was made"):
+    for title in ("Latency", "Outliers", "side by side", "How it was made"):
         assert title not in str(make_card(results=sparse))
 
 
@@ -130,7 +146,7 @@ NASTY = [
 @pytest.mark.parametrize("text", NASTY)
 def test_text_that_breaks_yaml_or_markdown(make_card, results, text):
     dataset = replace(results.dataset, name=text, hub_id="org/digits")
-    models = [replace(model, granularity=text, training=text) for model in results.models]
+    models = [replace(model, training=text) for model in results.models]
     card = make_card(results=replace(results, dataset=dataset, models=models, description=text, commands=[text]))
     written = str(card)
     front, body = re.match(r"---\n(.*?)\n---\n(.*)", written, re.DOTALL).groups()

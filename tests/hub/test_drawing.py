@@ -57,7 +57,7 @@ def test_card_shows_both_figures(write, full_results):
     folder = write(full_results)
     card = (folder / "README.md").read_text()
     assert re.findall(r"!\[[^]]+\]\((.+?)\)", card) == [f"plots/tiny-{kind}.svg" for kind in KINDS]
-    assert {"float", "uniform, tensor", "cluster, tensor + channel scale", "top-1 (%)"} <= texts(
+    assert {"float", "uniform, per tensor", "cluster, per tensor with channel scale", "top-1 (%)"} <= texts(
         folder / "plots/tiny-accuracy.svg"
     )
     shown = texts(folder / "plots/tiny-kernels.svg")

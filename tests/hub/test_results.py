@@ -2,17 +2,14 @@
 
 import copy
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import ptq as recipe  # noqa: E402
-from repvgg_hf import ClusterConfig
+from repvgg_hf import CalibrationConfig, ClusterConfig
 from repvgg_hf.hub import Results
-from repvgg_hf.hub.recipe_figures import benchmark_latency, ptq_models, qat_models
+from repvgg_hf.hub.recipe_figures import benchmark_latency, qat_models, quantize_models
+from repvgg_hf.recipes import quantize as recipe
 
 
 def test_json_round_trip(results, tmp_path):
@@ -58,7 +55,10 @@ def changed(values: dict, path: str, value) -> dict:
         ("models.0.bytes", 0, "bytes must be positive"),
         ("models.1.bits", 9, "bits must be 32 for float and 1 to 8 otherwise, got 9"),
         ("models.1.bits", 32, "bits must be 32 for float and 1 to 8 otherwise, got 32"),
-        ("models.1.method", "kmeans", "method must be one of float, uniform, cluster, got 'kmeans'"),
+        ("models.1.method", "kmeans", "method must be one of float, cluster, uniform, got 'kmeans'"),
+        ("models.1.granularity", "per tensor", r"\[1\].granularity must be one of per_tensor, .*got 'per tensor'"),
+        ("models.0.granularity", "per_tensor", r"models\[0\] is float and has no codebooks: leave out granularity"),
+        ("models.1.channel_scale", 1, r"models\[1\].channel_scale must be bool, got 1"),
         ("models.1.model", "float", "has 'float' with seed 0 twice"),
         ("models.1.activation_bits", 16, r"models\[1\].activation_bits must be 2 to 8, or left out, got 16"),
         ("histograms", [HISTOGRAM | {"counts": [0, 0]}], r"histograms\[0\].counts must be numbers of entries, and not"),
@@ -101,75 +101,63 @@ def test_not_a_results_file(tmp_path, content):
         Results.from_json(tmp_path / "none.json")
 
 
-PTQ = {
-    "seed": 3,
-    "images": 360,
-    "results": [
-        {"model": "float", "top1": 96.0, "top5": 99.0, "loss": 0.1, "bytes": 1000, "bits_per_weight": 32.0},
-        {"model": "cluster-per_tensor+scale-w4", "top1": 95.0, "top5": 99.0, "loss": 0.1, "bytes": 200,
-         "bits_per_weight": 4.1},
-        {"model": "uniform-per_channel-w3", "top1": 9.0, "top5": 50.0, "loss": 3.1, "bytes": 150,
-         "bits_per_weight": 3.1},
-    ],
-}  # fmt: skip
+FLOAT_ROW = {"method": "float", "bits": 32, "granularity": None, "channel_scale": None, "activation_bits": None}
+FIGURES = {"top1": 95.0, "top5": 99.0, "loss": 0.1, "bytes": 200, "bits_per_weight": 4.1}
+RECORD = {"seed": 3, "images": 360, "results": [{"model": "float", "stage": "float", **FLOAT_ROW, **FIGURES}]}
 
 
-def test_rows_of_the_ptq_recipe(results):
-    values = asdict(results) | {"models": ptq_models(PTQ)}
-    models = Results.from_dict(values).models
-    assert [(model.method, model.bits, model.granularity) for model in models] == [
-        ("float", 32, None), ("cluster", 4, "per tensor with channel scale"), ("uniform", 3, "per channel"),
-    ]  # fmt: skip
-    assert {model.seed for model in models} == {3} and models[1].top1 == 95.0
-    with pytest.raises(ValueError, match=r"results\[0\].model is 'w4'"):
-        ptq_models(PTQ | {"results": [{"model": "w4"}]})
-    with pytest.raises(ValueError, match="lacks the list 'results'"):
-        ptq_models({"seed": 0})
-    with pytest.raises(ValueError, match=r"models\[0\].images must be int, got None"):
-        Results.from_dict(asdict(results) | {"models": ptq_models({"seed": 0, "results": PTQ["results"]})})
+def models_of(results, rows: list[dict]) -> list:
+    return Results.from_dict(asdict(results) | {"models": rows}).models
 
 
-def test_names_and_rows_that_the_ptq_recipe_makes(results):
-    """Built by the recipe's own functions, with all that it adds: labels, seconds, options, mixed bits."""
+def test_rows_of_the_quantize_recipe(results):
+    """Rows that the recipe's own functions make, with all that it adds: labels, seconds, options, mixed bits."""
+    calibration = CalibrationConfig()
     trials = [
-        recipe.make_trial(4, "", ClusterConfig(bits=4), None),
-        recipe.make_trial(4, "calibrated", ClusterConfig(bits=4, activation_bits=8), {}),
-        recipe.make_trial(3, "tuning_steps", ClusterConfig(bits=3, granularity="per_channel"), {}),
-        recipe.make_trial(3.2, "mixed", ClusterConfig(method="uniform"), {}),
+        recipe.make_trial(4, "quantized", ClusterConfig(bits=4), calibration),
+        recipe.make_trial(4, "calibrated", ClusterConfig(bits=4, activation_bits=8), calibration),
+        recipe.make_trial(3, "bias_correction", ClusterConfig(bits=3, granularity="per_channel"), calibration),
+        recipe.make_trial(3.2, "mixed", ClusterConfig(method="uniform"), calibration),
     ]
-    figures, size = {"top1": 90.0, "top5": 99.0, "loss": 0.1}, {"bytes": 300, "bits_per_weight": 3.3}
-    rows = [recipe.row(trial.name, trial.label, trial.bits, figures, size, 1.5, trial.options) for trial in trials]
-    models = Results.from_dict(asdict(results) | {"models": ptq_models(PTQ | {"results": rows})}).models
-    assert [
-        (model.method, model.granularity, model.bits, model.activation_bits, model.training) for model in models
-    ] == [
-        ("cluster", "per tensor with channel scale", 4, None, None),
-        ("cluster", "per tensor with channel scale", 4, 8, "calibrated"),
-        ("cluster", "per channel", 3, None, "tuning steps"),
-        ("uniform", "per tensor", 3.2, None, "mixed"),
+    size = {"bytes": 300, "bits_per_weight": 3.3}
+    rows = [recipe.trial_row(trial, {"top1": 90.0, "top5": 99.0, "loss": 0.1}, size, 1.5) for trial in trials]
+    models = models_of(results, quantize_models(RECORD | {"results": RECORD["results"] + rows}))
+    fields = ("method", "granularity", "channel_scale", "bits", "activation_bits", "training")
+    assert [tuple(getattr(model, name) for name in fields) for model in models] == [
+        ("float", None, False, 32, None, None),
+        ("cluster", "per_tensor", True, 4, None, None),
+        ("cluster", "per_tensor", True, 4, 8, "calibrated"),
+        ("cluster", "per_channel", False, 3, None, "bias correction"),
+        ("uniform", "per_tensor", False, 3.2, None, "mixed"),
     ]
+    assert {model.seed for model in models} == {3} and models[0].top1 == 95.0 and models[1].bytes == 300
+
+
+def test_rows_of_other_files_are_refused(results):
+    with pytest.raises(ValueError, match="lacks the list 'results'"):
+        quantize_models({"seed": 0})
+    with pytest.raises(ValueError, match=r"quantize_results.results\[0\] lacks 'method'.*this version's recipe"):
+        quantize_models(RECORD | {"results": [{"model": "cluster-per_tensor-w4"} | FIGURES]})
+    with pytest.raises(ValueError, match=r"models\[0\].images must be int, got None"):
+        models_of(results, quantize_models({"seed": 0, "results": RECORD["results"]}))
 
 
 def test_rows_of_the_qat_recipe(results):
-    names = ("float, with branches", "float, fused", "4 bit, in training", "4 bit, packed", "4 bit, reloaded")
+    quantized = {"method": "uniform", "bits": 4, "granularity": "per_channel", "channel_scale": True,
+                 "activation_bits": 8}  # fmt: skip
+    kinds = {"float": FLOAT_ROW, "fused": FLOAT_ROW, "trained": quantized, "packed": quantized, "reloaded": quantized}
     rows = [
-        {"model": name, "accuracy": 95.0, "images": 360, "bytes": 300, "bits_per_weight": 4.0,
-         "largest_logit_difference": 0.0}
-        for name in names
-    ]  # fmt: skip
-    models = Results.from_dict(asdict(results) | {"models": qat_models({"seed": 0, "results": rows})}).models
-    assert [(model.model, model.training, model.top5) for model in models] == [
-        ("float", None, None), ("cluster-qat-w4", "QAT", None),
-    ]  # fmt: skip
-    config = {"method": "uniform", "granularity": "per_channel", "channel_scale": False, "activation_bits": 8}
-    rows[3] |= {"top5": 99.5, "loss": 0.2}
-    record = {"seed": 0, "results": rows, "quantization_config": config}
-    model = Results.from_dict(asdict(results) | {"models": qat_models(record)}).models[1]
-    assert (model.model, model.method, model.granularity) == ("uniform-qat-w4", "uniform", "per channel")
-    assert (model.activation_bits, model.top5, model.loss) == (8, 99.5, 0.2)
+        {"model": "any name", "stage": stage, **kind, **FIGURES, "images": 360, "largest_logit_difference": 0.0}
+        for stage, kind in kinds.items()
+    ]
+    float_model, packed = models_of(results, qat_models({"seed": 0, "results": rows}))
+    assert (float_model.model, float_model.method, float_model.training) == ("float", "float", None)
+    assert (packed.model, packed.method, packed.training) == ("uniform-qat-w4", "uniform", "QAT")
+    assert (packed.granularity, packed.channel_scale, packed.activation_bits) == ("per_channel", True, 8)
+    assert (packed.top1, packed.top5, packed.loss, packed.images) == (95.0, 99.0, 0.1, 360)
     del rows[3]["bytes"]
     with pytest.raises(ValueError, match=r"models\[1\] lacks 'bytes'"):
-        Results.from_dict(asdict(results) | {"models": qat_models({"seed": 0, "results": rows})})
+        models_of(results, qat_models({"seed": 0, "results": rows}))
 
 
 def test_latency_of_the_benchmark_recipe(results):
@@ -180,5 +168,5 @@ def test_latency_of_the_benchmark_recipe(results):
     }  # fmt: skip
     (row,) = Results.from_dict(json.loads(json.dumps(asdict(results) | {"latency": benchmark_latency(record)}))).latency
     assert (row.engine, row.median_ms) == ("PyTorch 2.14.1", pytest.approx(18.7))
-    with pytest.raises(ValueError, match="give a file of `benchmark.py inference`"):
+    with pytest.raises(ValueError, match="give a file that `python -m repvgg_hf.recipes.benchmarks inference` wrote"):
         benchmark_latency(record | {"benchmark": "load"})
