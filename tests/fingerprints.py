@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 
-from repvgg_hf import RepVGGBackbone, RepVGGConfig, RepVGGForImageClassification, update_codebooks
+from repvgg_hf import (
+    CalibrationConfig,
+    QATConfig,
+    RepVGGBackbone,
+    RepVGGConfig,
+    RepVGGForImageClassification,
+    update_codebooks,
+)
 
 SIZES = {"stem_hidden_size": 8, "hidden_sizes": [16, 24], "depths": [2, 2], "strides": [2, 2], "num_labels": 8}
 CLASSIFIER = RepVGGForImageClassification
@@ -127,17 +134,17 @@ CALIBRATED = {
     "w4a8 minmax": ({"bits": 4, "activation_bits": 8}, {"activation_range": "minmax"}),
     "w4a8 percentile": ({"bits": 4, "activation_bits": 8}, {"activation_range": "percentile"}),
     "w4a8 entropy": ({"bits": 4, "activation_bits": 8}, {"activation_range": "entropy"}),
-    "w4a4, not tuned": ({"bits": 4, "activation_bits": 4}, {"tuning_steps": 0}),
+    "w4a4, not tuned": ({"bits": 4, "activation_bits": 4}, {}),
 }
 # (options of prepare_qat(), how it trains)
 TRAINED = {
     "w4": ({"bits": 4}, {}),
     "w2 per channel": ({"bits": 2, "granularity": "per_channel"}, {}),
     "w1 blended": ({"bits": 1}, {"blend_steps": 4}),
-    "w3 every 2 steps": ({"bits": 3}, {"update_every": 2, "momentum": 0.5}),
-    "w3 int8": ({"bits": 3, "codebook_dtype": "int8"}, {"update_every": 1}),
+    "w3 every 2 steps": ({"bits": 3}, {"codebook_update_every": 2, "codebook_momentum": 0.5}),
+    "w3 int8": ({"bits": 3, "codebook_dtype": "int8"}, {"codebook_update_every": 1}),
     "w4 gradient": ({"bits": 4}, {"codebook_update": "gradient"}),
-    "w4 both": ({"bits": 4, "granularity": "per_channel"}, {"codebook_update": "both", "update_every": 1}),
+    "w4 both": ({"bits": 4, "granularity": "per_channel"}, {"codebook_update": "both", "codebook_update_every": 1}),
     "w4 uniform": ({"bits": 4, "method": "uniform"}, {}),
     "w3 uniform per channel": ({"bits": 3, "method": "uniform", "granularity": "per_channel"}, {}),
     "w4 uniform affine": ({"bits": 4, "method": "uniform", "symmetric": False}, {}),
@@ -152,12 +159,12 @@ TRAINED = {
 def quantize(model, options: dict, calibration: dict | None = None):
     if calibration is None:
         return model.quantize(**options)
-    return model.quantize(**options, calibration=images(), **calibration)
+    return model.quantize(**options, calibration=images(), calibration_config=CalibrationConfig(**calibration))
 
 
 def prepare_qat(model, options: dict, training: dict):
     data = {"calibration": images()} if "activation_bits" in options else {}
-    return model.prepare_qat(**options, **training, **data)
+    return model.prepare_qat(**options, qat_config=QATConfig(**training), **data)
 
 
 def train(model, steps: int = 6) -> None:
