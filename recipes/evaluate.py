@@ -1,7 +1,7 @@
 """Evaluate a float or quantized checkpoint: top-1, top-5, loss, size on disk, bits per weight.
 
 python recipes/evaluate.py --model_name_or_path outputs/train
-python recipes/evaluate.py --model_name_or_path outputs/ptq/cluster-w4 --output_json results.json
+python recipes/evaluate.py --model_name_or_path outputs/quantize/cluster-per_channel-w4 --output_json results.json
 """
 
 from dataclasses import dataclass, field
@@ -11,20 +11,20 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForImageClassification
 
 import repvgg_hf  # noqa: F401  registers RepVGG with the Auto classes
+from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
 from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.pictures import DataArguments
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
 from repvgg_hf.training.models import build_processor
-from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from repvgg_hf.training.pictures import DataArguments
 from repvgg_hf.training.report import print_table, write_json
 
 
 @dataclass
 class CheckpointArguments:
-    """What to evaluate."""
+    """Options that say what to evaluate."""
 
     model_name_or_path: str = field(metadata={"help": "A checkpoint folder or Hub id, float or quantized."})
-    output_json: str | None = field(default=None, metadata={"help": "Write the figures to this file, too."})
+    output_json: str | None = field(default=None, metadata={"help": "Write the figures to this JSON file, too."})
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -1,9 +1,9 @@
 """Publish a checkpoint, or a family of them, on the Hub, with a card made from the figures that the recipes measured.
 
-    python recipes/publish.py --repo_id me/repvgg-digits-w4 --models outputs/ptq/cluster-per_tensor+scale-w4 \\
-        --ptq_json outputs/ptq/ptq_results.json --dataset_title digits --train_checkpoint outputs/train
+    python recipes/publish.py --repo_id me/repvgg-digits-w4 --models outputs/quantize/cluster-per_tensor+scale-w4 \\
+        --quantize_json outputs/quantize/quantize_results.json --dataset_title digits --train_checkpoint outputs/train
     python recipes/publish.py --repo_id me/repvgg-digits --as_revisions --collection "RepVGG on digits" \\
-        --models float=outputs/ptq/float w4=outputs/ptq/cluster-per_tensor+scale-w4 --ptq_json ...
+        --models float=outputs/quantize/float w4=outputs/quantize/cluster-per_tensor+scale-w4 --quantize_json ...
 
 `--dry_run --output_dir FOLDER` writes the files there (of a family in `FOLDER/<name>`) and stops. Log in first with
 `hf auth login`. Figures need matplotlib; `--draw_plots False` leaves them out.
@@ -16,57 +16,67 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.hub import Results, publish, publish_family
 from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
-from repvgg_hf.hub.recipe_figures import benchmark_latency, merge_models, ptq_models, qat_models
+from repvgg_hf.hub.recipe_figures import benchmark_latency, merge_models, qat_models, quantize_models
 from repvgg_hf.hub.results import read_json
+from repvgg_hf.training.arguments import parse_arguments
 
 
 @dataclass
 class PublishArguments:
-    """What to publish, where, and what was measured."""
+    """Options that say what to publish, where, and what was measured."""
 
-    repo_id: str = field(metadata={"help": "namespace/name on the Hub."})
-    models: list[str] = field(metadata={"help": "A checkpoint folder, or several as <name>=<folder>."})
+    repo_id: str = field(metadata={"help": "The repository on the Hub, namespace/name; a family adds to it."})
+    models: list[str] = field(metadata={"help": "What to publish: a checkpoint folder, or several as <name>=<folder>."})
     published: str | None = field(
         default=None, metadata={"help": "Name of the model among the results, where bits and bytes don't tell."}
     )
-    results_json: str | None = field(default=None, metadata={"help": "A complete results file, instead of the next."})
-    ptq_json: list[str] = field(default_factory=list, metadata={"help": "ptq_results.json files, one a seed."})
-    qat_json: list[str] = field(default_factory=list, metadata={"help": "qat_results.json files."})
-    benchmark_json: list[str] = field(default_factory=list, metadata={"help": "Files of benchmark.py inference."})
+    results_json: str | None = field(
+        default=None, metadata={"help": "A complete results file, instead of those of recipes."}
+    )
+    quantize_json: list[str] = field(
+        default_factory=list, metadata={"help": "Files quantize_results.json that quantize.py wrote, one per seed."}
+    )
+    qat_json: list[str] = field(
+        default_factory=list, metadata={"help": "Files qat_results.json that qat.py wrote, one per seed."}
+    )
+    benchmark_json: list[str] = field(
+        default_factory=list, metadata={"help": "Files that the benchmark `inference` wrote, for latencies."}
+    )
     train_checkpoint: str | None = field(
-        default=None, metadata={"help": "The checkpoint with branches: outlier figures and histogram before fusing."}
+        default=None,
+        metadata={"help": "Checkpoint with branches, for figures and a histogram of outliers before fusing."},
     )
     plain_checkpoint: str | None = field(
-        default=None, metadata={"help": "One trained likewise with --oabn False, for the same histogram."}
+        default=None,
+        metadata={"help": "Checkpoint trained likewise with --oabn False, to compare in the histogram of outliers."},
     )
     dataset_title: str | None = field(default=None, metadata={"help": "What to call the dataset on the card."})
-    dataset_split: str = field(default="held out", metadata={"help": "The part that was evaluated."})
-    dataset_hub_id: str | None = field(default=None, metadata={"help": "The dataset on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Its commit."})
+    dataset_split: str = field(default="held out", metadata={"help": "Part of the dataset that was evaluated."})
+    dataset_hub_id: str | None = field(default=None, metadata={"help": "The dataset's id on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of the dataset on the Hub."})
     description: str = field(default="", metadata={"help": "How the model was trained and calibrated."})
     commands: list[str] = field(
-        default_factory=list, metadata={"help": "Further commands to show, such as train.py's."}
+        default_factory=list, metadata={"help": "Further commands to show on the card, such as train.py's."}
     )
     plots: list[str] = field(default_factory=list, metadata={"help": "More images for the card, <caption>=<file>."})
     draw_plots: bool = field(
         default=True, metadata={"help": "Draw accuracy against bytes and the kernels' histogram; needs matplotlib."}
     )
-    license: str = field(default="apache-2.0", metadata={"help": "Of the weights, as the Hub spells it."})
+    license: str = field(default="apache-2.0", metadata={"help": "License of the weights, as the Hub spells it."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to publish to."})
     tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing main."})
     overwrite: bool = field(default=False, metadata={"help": "Publish into a repository with other content."})
-    as_revisions: bool = field(default=False, metadata={"help": "A family as branches of one repository."})
-    collection: str | None = field(default=None, metadata={"help": "Collection to put the family into."})
-    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
-    output_dir: str | None = field(default=None, metadata={"help": "New folder to keep the files in."})
-    dry_run: bool = field(default=False, metadata={"help": "Write --output_dir, upload nothing."})
+    as_revisions: bool = field(default=False, metadata={"help": "Publish a family as branches of one repository."})
+    collection: str | None = field(default=None, metadata={"help": "Collection on the Hub to put a family into."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit on the Hub."})
+    output_dir: str | None = field(default=None, metadata={"help": "New folder for the files that are published."})
+    dry_run: bool = field(default=False, metadata={"help": "Write the files to --output_dir and upload nothing."})
     card_json: str | None = field(
-        default=None, metadata={"help": "Copy the card there, as .json and .md; needs --output_dir."}
+        default=None, metadata={"help": "Copy the card to this .json file and a .md beside it; needs --output_dir."}
     )
 
 
@@ -74,16 +84,17 @@ def gather_results(args: PublishArguments) -> Results | None:
     """The measured figures, from the files that the recipes wrote."""
     if args.results_json is not None:
         return Results.from_json(args.results_json)
-    ptq, qat = [[read_json(path) for path in paths] for paths in (args.ptq_json, args.qat_json)]
-    if not ptq and not qat:
+    swept, trained = [[read_json(path) for path in paths] for paths in (args.quantize_json, args.qat_json)]
+    if not swept and not trained:
         return None
     if args.dataset_title is None:
         raise ValueError("Give --dataset_title, the name of the dataset that the figures were measured on.")
-    rows = [row for record in ptq for row in ptq_models(record)] + [row for record in qat for row in qat_models(record)]
+    rows = [row for record in swept for row in quantize_models(record)]
+    rows += [row for record in trained for row in qat_models(record)]
     kernels, histograms = [], []
     if args.train_checkpoint is not None:
-        trained = AutoModelForImageClassification.from_pretrained(args.train_checkpoint)
-        kernels, histograms = dense_branch_report(trained), branch_histograms(trained)
+        model = AutoModelForImageClassification.from_pretrained(args.train_checkpoint)
+        kernels, histograms = dense_branch_report(model), branch_histograms(model)
     if args.plain_checkpoint is not None:
         plain = AutoModelForImageClassification.from_pretrained(args.plain_checkpoint)
         if plain.config.oabn:
@@ -99,9 +110,9 @@ def gather_results(args: PublishArguments) -> Results | None:
             },
             "models": merge_models(rows),
             "description": args.description,
-            "commands": args.commands + [shown(record["command"]) for record in ptq + qat],
+            "commands": args.commands + [shown(record["command"]) for record in swept + trained],
             "kernels_before": kernels,
-            "kernels_after": ptq[0].get("float_kernels", []) if ptq else [],
+            "kernels_after": swept[0].get("float_kernels", []) if swept else [],
             "histograms": histograms,
             "latency": [row for path in args.benchmark_json for row in benchmark_latency(read_json(path))],
         }
@@ -109,7 +120,7 @@ def gather_results(args: PublishArguments) -> Results | None:
 
 
 def shown(command: list[str]) -> str:
-    """A recipe's command line as others may see it: of a folder on this machine only the name."""
+    """A recipe's command line as others may see it, with no more than the name of a folder on this machine."""
     return shlex.join(["python", *(Path(part).name if Path(part).is_absolute() else part for part in command)])
 
 
@@ -123,7 +134,7 @@ def copy_card(folder: Path, card_json: Path) -> None:
 
 
 def pairs(entries: list[str], option: str) -> dict[str, str]:
-    """`<key>=<value>` entries. Raises `ValueError` naming the option for one without a key."""
+    """The `<key>=<value>` entries as a dictionary. Raises `ValueError` naming the option for one without a key."""
     found = dict(entry.partition("=")[::2] for entry in entries)
     if len(found) != len(entries) or not all(found.values()):
         raise ValueError(f"--{option} takes <name>=<value> with different names, got {', '.join(entries)}.")

@@ -3,15 +3,15 @@
     accelerate launch recipes/qat.py                                       # digits, from scratch, 4 bits
     accelerate launch recipes/qat.py --model_name_or_path outputs/train    # from a float checkpoint
     accelerate launch --config_file recipes/configs/gpu8.yaml recipes/qat.py --bits 2 --granularity per_channel \\
-        --calibration_images 1024 --distillation_weight 1 --model_name_or_path ...      # all that helps at 2 bits
+        --distillation_weight 0.5 --blend_ratio 0.5 --model_name_or_path ...      # all that helps with few bits
 
 `--output_dir` holds the float model (`float/`), the fused one (`fused/`), the quantized one (`quantized/`), the figures
-(`qat_results.json`) and a checkpoint an epoch; `--resume_from_checkpoint` goes on from the last of these.
+(`qat_results.json`) and a checkpoint of the last epoch, from which `--resume_from_checkpoint` goes on.
 """
 
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +21,30 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
-import repvgg_hf
+from repvgg_hf import ClusterConfig
+from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from repvgg_hf.compression.ptq.config import ACTIVATION_RANGES, CalibrationConfig
+from repvgg_hf.compression.qat.config import QATConfig
+from repvgg_hf.compression.qat.distillation import Distillation
+from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.loop import PhaseArguments, loss_on_labels, optimizer_steps, predict, train_phase
+from repvgg_hf.training.metrics import accuracies
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor
 from repvgg_hf.training.pictures import (
     DataArguments,
+    calibration_images,
     collate,
     label_names,
     load_splits,
     training_data,
     with_pixel_values,
 )
-from repvgg_hf.training.metrics import accuracies
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor
-from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
-from repvgg_hf.compression.qat.annealing import set_bits
-from repvgg_hf.compression.qat.distillation import Distillation
-from repvgg_hf.compression.qat.config import QATOptions
-from repvgg_hf.training.report import print_table, write_json
-from repvgg_hf.training.loop import PhaseArguments, loss_on_labels, predict, train_phase
+from repvgg_hf.training.report import print_table, quantization_fields, write_json
 
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
+
+TABLE = ("model", "top1", "top5", "images", "bytes", "bits_per_weight", "largest_logit_difference")
 
 # what a user's own process does, with nothing in memory from this one
 RELOAD = """
@@ -56,64 +60,66 @@ with torch.inference_mode():
 
 @dataclass
 class QATArguments(PhaseArguments):
-    """How to train and quantize."""
+    """Options of the training; those of the quantization are [`QuantizationOptions`] and [`QATConfig`]."""
 
-    output_dir: str = field(default="outputs/qat", metadata={"help": "Where models, checkpoints and figures go."})
-    num_float_epochs: int = field(default=24, metadata={"help": "Epochs of float training, without a checkpoint."})
-    float_learning_rate: float = field(default=0.1, metadata={"help": "Its peak learning rate."})
+    output_dir: str = field(default="outputs/qat", metadata={"help": "Folder for models, checkpoints and figures."})
+    num_float_epochs: int = field(
+        default=24, metadata={"help": "Epochs of float training, if no --model_name_or_path is given."}
+    )
+    float_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of float training."})
     num_train_epochs: int = field(default=5, metadata={"help": "Epochs of quantization-aware training."})
-    learning_rate: float = field(default=0.01, metadata={"help": "Its peak learning rate."})
-    method: str = field(default="cluster", metadata={"help": "cluster, or uniform (LSQ)."})
-    bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})
-    activation_bits: int | None = field(default=None, metadata={"help": "Bits of the layers' inputs, 2 to 8."})
-    granularity: str = field(default="per_tensor", metadata={"help": "per_tensor, per_channel or per_group."})
-    group_size: int | None = field(default=None, metadata={"help": "Output channels a codebook, with per_group."})
-    channel_scale: bool | None = field(default=None, metadata={"help": "A scale for each output channel."})
-    codebook_dtype: str = field(default="float16", metadata={"help": "float16, float32 or int8."})
-    codebook_update: str = field(default="kmeans", metadata={"help": "gradient, kmeans or both."})
-    momentum: float = field(default=0.9, metadata={"help": "Of k-means updates, a step."})
-    update_every: int = field(default=10, metadata={"help": "Steps between k-means updates."})
-    batch_norm_every: int = field(default=0, metadata={"help": "Steps between estimates of batch norm statistics."})
-    activation_update: str = field(default="gradient", metadata={"help": "gradient or moving_average."})
-    freeze_threshold: float | None = field(default=None, metadata={"help": "Freeze weights that oscillate so often."})
+    learning_rate: float = field(default=0.01, metadata={"help": "Peak learning rate of quantization-aware training."})
     blend_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the training in which it goes over from float weights; for 1 bit 0.5."}
+        default=0.0,
+        metadata={
+            "help": "Share of quantization-aware training in which it goes over from float weights to quantized ones: "
+            "--blend_steps without counting steps. For 1 bit 0.5."
+        },
     )
     fused: bool = field(default=False, metadata={"help": "Train the fused kernels instead of the branches."})
-    calibration_images: int = field(default=0, metadata={"help": "Start from calibration on so many images."})
-    start: str = field(default="kernel", metadata={"help": "With these: kernel or decoded."})
-    distillation_weight: float = field(default=0.0, metadata={"help": "Share of the float model's logits in the loss."})
-    distillation_temperature: float = field(default=2.0, metadata={"help": "Of these."})
-    distillation_features: float = field(default=0.0, metadata={"help": "Weight of its feature maps in the loss."})
-    anneal_bits: list[int] = field(default_factory=list, metadata={"help": "Bits to train with before, such as 8 4."})
-    num_anneal_epochs: int = field(default=1, metadata={"help": "Epochs with each of them."})
+    calibration_images: int = field(
+        default=0,
+        metadata={"help": "Training images, without labels, to calibrate on: for ranges with --activation_bits."},
+    )
+    activation_range: str = field(
+        default="mse",
+        metadata={"help": f"Range of a layer's input with --activation_bits: {', '.join(ACTIVATION_RANGES)}."},
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Share of the loss that is taken from the float model's logits, 0 to 1."}
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature of the class probabilities in distillation."}
+    )
+    distillation_features: float = field(
+        default=0.0, metadata={"help": "Weight of the float model's feature maps in the loss; 0 for none."}
+    )
     report_to: str = field(default="none", metadata={"help": "A tracker of Accelerate, such as tensorboard, or none."})
 
     def __post_init__(self):
         if not 0 <= self.blend_ratio <= 1:
             raise ValueError(f"--blend_ratio must be from 0 to 1, got {self.blend_ratio}.")
 
-    def quantization_config(self) -> repvgg_hf.ClusterConfig:
-        return repvgg_hf.ClusterConfig(
-            method=self.method,
-            bits=self.bits,
-            activation_bits=self.activation_bits,
-            granularity=self.granularity,
-            group_size=self.group_size,
-            channel_scale=self.channel_scale,
-            codebook_dtype=self.codebook_dtype,
+
+def check_options(args: QATArguments, quantization: QuantizationOptions, qat_config: QATConfig) -> None:
+    """Raise `ValueError` for options that don't fit each other: a bad one shall not cost the float training."""
+    CalibrationConfig(activation_range=args.activation_range)
+    if args.blend_ratio and qat_config.blend_steps:
+        raise ValueError(
+            f"--blend_ratio {args.blend_ratio} and --blend_steps {qat_config.blend_steps} say the same: give one."
+        )
+    if (quantization.activation_bits is not None) != (args.calibration_images > 0):
+        raise ValueError(
+            "--activation_bits needs images to find the inputs' ranges on, and training uses them for nothing else: "
+            f"got --activation_bits {quantization.activation_bits} and --calibration_images {args.calibration_images}, "
+            "give both, such as --calibration_images 512, or none."
         )
 
-    def qat_options(self) -> QATOptions:
-        return QATOptions(
-            **{option.name: getattr(self, option.name) for option in fields(QATOptions) if hasattr(self, option.name)}
-        )
 
-    def stages(self) -> list[tuple[str, int, int]]:
-        """(phase, bits, epochs) of quantization-aware training."""
-        return [(f"qat{bits}", bits, self.num_anneal_epochs) for bits in self.anneal_bits] + [
-            ("qat", self.bits, self.num_train_epochs)
-        ]
+def total_steps(images: int, processes: int, args: QATArguments) -> int:
+    """The optimizer steps of quantization-aware training on so many images."""
+    batches = -(-images // (args.per_device_train_batch_size * processes))
+    return args.num_train_epochs * optimizer_steps(batches, args)
 
 
 def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
@@ -129,18 +135,19 @@ def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (model_args, data_args, args), arguments = parse_arguments((ModelArguments, DataArguments, QATArguments), arguments)
-    # a bad option shall not cost the float training
-    quantization_config, qat_options = args.quantization_config(), asdict(args.qat_options())
+    (model_args, data_args, args, quantization, qat_config), arguments = parse_arguments(
+        (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments
+    )
+    check_options(args, quantization, qat_config)
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        step_scheduler_with_optimizer=False,  # one scheduler step an optimizer step, whatever the number of processes
+        step_scheduler_with_optimizer=False,  # one scheduler step per optimizer step, whatever the number of processes
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir,
     )
     if args.report_to != "none":
-        accelerator.init_trackers("qat", {"bits": args.bits, "granularity": args.granularity})
+        accelerator.init_trackers("qat", {"bits": quantization.bits, "granularity": quantization.granularity})
     set_seed(args.seed)
 
     splits = load_splits(data_args, seed=args.seed)
@@ -175,24 +182,17 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     if args.fused:
         model.reparameterize()
+    calibration = {}
     if args.calibration_images:
-        images = (
-            splits["train"].shuffle(seed=args.seed).select(range(min(len(splits["train"]), args.calibration_images)))
-        )
-        qat_options["calibration"] = with_pixel_values(images, data_args, processor, train=False)
-    batches = -(-len(train_data[0]) // (args.per_device_train_batch_size * accelerator.num_processes))
-    steps = args.num_train_epochs * -(-batches // args.gradient_accumulation_steps)
-    qat_options["blend_steps"] = round(args.blend_ratio * steps)
-    stages = args.stages()
-    for phase, bits, epochs in stages:
-        if phase == stages[0][0]:
-            quantization_config.bits = bits
-            model.prepare_qat(quantization_config, **qat_options)
-        else:
-            set_bits(model, bits)
-        model = train_phase(
-            accelerator, model, train_data, phase, epochs, args.learning_rate, output_dir, args, loss_of(distillation)
-        )
+        images = calibration_images(splits["train"], args.calibration_images, data_args, processor, args.seed)
+        settings = CalibrationConfig(activation_range=args.activation_range)
+        calibration = {"calibration": images, "calibration_config": settings}
+    if args.blend_ratio:
+        steps = total_steps(len(train_data[0]), accelerator.num_processes, args)
+        qat_config = replace(qat_config, blend_steps=round(args.blend_ratio * steps))
+    model.prepare_qat(ClusterConfig(**asdict(quantization)), qat_config=qat_config, **calibration)
+    epochs, rate, loss = args.num_train_epochs, args.learning_rate, loss_of(distillation)
+    model = train_phase(accelerator, model, train_data, "qat", epochs, rate, output_dir, args, loss)
     qat_logits = predict(accelerator, model, validation)
 
     # 4. freeze, pack, save
@@ -201,34 +201,40 @@ def main(arguments: list[str] | None = None) -> dict:
     quantized_logits = predict(accelerator, model, validation)
 
     rows = []
-
-    def add(name: str, logits, folder: str, weight_bits: float, reference=None):
-        images = len(logits)
-        difference = None if reference is None else float(np.abs(logits - reference[:images]).max())
-        hits = accuracies(logits, labels[:images])
-        figures = {"accuracy": hits["top1"], "top5": hits["top5"], "images": images}
-        figures |= {"bytes": checkpoint_bytes(output_dir / folder)}
-        rows.append({"model": name, **figures, "bits_per_weight": weight_bits, "largest_logit_difference": difference})
-
     if accelerator.is_main_process:
         # 5. load it like a user
         reloaded_logits = reload_logits(output_dir / "quantized", some_batches)
-        packed_bits = bits_per_weight(model)
-        add("float, with branches", float_logits, "float", 32.0)
-        add("float, fused", fused_logits, "fused", 32.0, float_logits)
-        add(f"{args.bits} bit, in training", qat_logits, "quantized", packed_bits)
-        add(f"{args.bits} bit, packed", quantized_logits, "quantized", packed_bits, qat_logits)
-        add(f"{args.bits} bit, reloaded", reloaded_logits, "quantized", packed_bits, quantized_logits)
-        record = {"command": ["recipes/qat.py", *arguments], "seed": args.seed}
-        record |= {"quantization_config": model.config.quantization_config.to_dict(), "results": rows}
+
+        def size(folder: str, weight_bits: float) -> dict:
+            return {"bytes": checkpoint_bytes(output_dir / folder), "bits_per_weight": weight_bits}
+
+        bits, packed = f"{quantization.bits} bit", size("quantized", bits_per_weight(model))
+        for name, config, stage, sizes, logits, reference in (
+            ("float, with branches", None, "float", size("float", 32.0), float_logits, None),
+            ("float, fused", None, "fused", size("fused", 32.0), fused_logits, float_logits),
+            (f"{bits}, in training", quantization, "trained", packed, qat_logits, None),
+            (f"{bits}, packed", quantization, "packed", packed, quantized_logits, qat_logits),
+            (f"{bits}, reloaded", quantization, "reloaded", packed, reloaded_logits, quantized_logits),
+        ):
+            figures = {"images": len(logits), **accuracies(logits, labels[: len(logits)]), **sizes}
+            figures["largest_logit_difference"] = largest_difference(logits, reference)
+            rows.append({"model": name, **quantization_fields(config), "stage": stage, **figures})
+        record = {
+            "command": ["recipes/qat.py", *arguments],
+            "seed": args.seed,
+            "quantization_config": model.config.quantization_config.to_dict(),
+            "qat_config": asdict(qat_config),
+            "results": rows,
+        }
         write_json(output_dir / "qat_results.json", record)
-        print_table("Held-out images; difference to the line above", rows)
+        title = "Held-out images; difference to the line above"
+        print_table(title, [{column: row[column] for column in TABLE} for row in rows])
     accelerator.end_training()
     return {"results": rows}
 
 
 def loss_of(distillation: Distillation):
-    """The loss of a batch, from labels and teacher as `distillation` weighs them."""
+    """The function that gives the loss of a batch, from labels and teacher as `distillation` weighs them."""
     if not distillation.weight and not distillation.needs_features:
         return loss_on_labels
 
@@ -239,7 +245,13 @@ def loss_of(distillation: Distillation):
     return loss
 
 
+def largest_difference(logits: np.ndarray, reference: np.ndarray | None) -> float | None:
+    """The largest difference of logits `[images, classes]` from those of a reference, which may be of more images."""
+    return None if reference is None else float(np.abs(logits - reference[: len(logits)]).max())
+
+
 def save(accelerator: Accelerator, model, folder: Path, processor) -> None:
+    """Save the model and its image processor, from the main process only."""
     if accelerator.is_main_process:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

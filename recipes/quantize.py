@@ -1,11 +1,11 @@
 """Quantize a float checkpoint without training, for every combination of bits, methods and granularities asked for.
 
-    python recipes/ptq.py --model_name_or_path outputs/train --bits 8 4 3 --methods uniform cluster
-    python recipes/ptq.py --model_name_or_path outputs/train --bits 4 3 2 --calibration_samples 512 --ablation True
-    python recipes/ptq.py --model_name_or_path outputs/train --calibration_samples 512 --peers coremltools nncf
+    python recipes/quantize.py --model_name_or_path outputs/train --bits 8 4 3 --method uniform cluster
+    python recipes/quantize.py --model_name_or_path outputs/train --bits 4 3 2 --calibration_images 512 --ablation True
+    python recipes/quantize.py --model_name_or_path outputs/train --calibration_images 512 --peers coremltools nncf
 
-Each quantized model is saved in `--output_dir` and evaluated; the figures go to `ptq_results.json` there, and accuracy
-against bits and bytes to `accuracy_bits` and `accuracy_bytes`, `.png` and `.svg`.
+Each quantized model is saved in `--output_dir` and evaluated; the figures go to `quantize_results.json` there, and
+accuracy against bits and bytes to `accuracy_bits` and `accuracy_bytes`, `.png` and `.svg`.
 """
 
 import dataclasses
@@ -19,170 +19,200 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
 import repvgg_hf
-from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.pictures import DataArguments, collate, load_splits, with_pixel_values
-from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
-from repvgg_hf.training.models import build_processor
-from repvgg_hf.recipes.peers import PeerMethod, peer_methods
+from repvgg_hf import ClusterConfig
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
 from repvgg_hf.analysis.plots import import_matplotlib, plot_accuracy
-from repvgg_hf.compression.ptq.calibrate import DEFAULT_TUNING_STEPS, CalibrationOptions
-from repvgg_hf.training.report import print_table, write_json
+from repvgg_hf.compression.ptq.config import CalibrationConfig
+from repvgg_hf.recipes.peers import PeerMethod, peer_methods
+from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
+from repvgg_hf.runtime.quantization_methods import METHODS
+from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
+from repvgg_hf.training.models import build_processor
+from repvgg_hf.training.pictures import DataArguments, calibration_images, collate, load_splits
+from repvgg_hf.training.report import print_table, quantization_fields, write_json
 
 TABLE = ("model", "top1", "top5", "loss", "bytes", "bits_per_weight", "seconds")
-SHARED = ("channel_scale", "codebook_dtype", "symmetric", "range_method", "activation_bits")
 # what calibration adds, in this order, and what each is when it is off
-PLAIN = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
+STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False}
 
 
 @dataclass
-class QuantizationArguments:
-    """What to quantize, and how. Lists are combined with each other."""
+class QuantizeArguments:
+    """Options that say what to quantize, and what to make of it."""
 
-    model_name_or_path: str = field(metadata={"help": "A float checkpoint, with branches or fused."})
-    output_dir: str = field(default="outputs/ptq", metadata={"help": "Where models and figures go."})
-    bits: list[int] = field(default_factory=lambda: [4], metadata={"help": "Bits of a weight, 1 to 8."})
-    methods: list[str] = field(default_factory=lambda: ["cluster"], metadata={"help": "cluster, uniform."})
-    granularities: list[str] = field(
-        default_factory=lambda: ["per_tensor"], metadata={"help": "per_tensor, per_channel, per_group."}
+    model_name_or_path: str = field(metadata={"help": "A float checkpoint, with branches or fused: folder or Hub id."})
+    output_dir: str = field(default="outputs/quantize", metadata={"help": "Folder for models and figures."})
+    calibration_images: int = field(
+        default=0, metadata={"help": "Training images, without labels, to calibrate on; 0 for none."}
     )
-    group_size: int | None = field(default=None, metadata={"help": "Output channels a codebook, with per_group."})
-    channel_scale: bool | None = field(default=None, metadata={"help": "A scale for each output channel."})
-    codebook_dtype: str = field(default="float16", metadata={"help": "float16, float32 or int8."})
-    symmetric: bool | None = field(
-        default=None, metadata={"help": "Mirror-image codebooks: default of uniform, which else goes from low to high."}
-    )
-    range_method: str = field(default="mse", metadata={"help": "Uniform: mse or minmax."})
-    activation_bits: int | None = field(
-        default=None, metadata={"help": "Bits of every layer's input; needs --calibration_samples."}
+    ablation: bool = field(
+        default=False,
+        metadata={"help": "Add sensitivity, error compensation and bias correction one after the other."},
     )
     peers: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Libraries to compare with: coremltools, nncf. Those of their methods that need calibration images "
-            "run with --calibration_samples only, those that quantize activations with --activation_bits only."
+            "run with --calibration_images only, those that quantize activations with --activation_bits only."
         },
     )
-    plot: bool = field(default=True, metadata={"help": "Draw the figures; needs matplotlib."})
-    plot_lowest: float | None = field(default=None, metadata={"help": "Where the figures' accuracy begins, percent."})
+    plot: bool = field(default=True, metadata={"help": "Draw accuracy against bits and bytes; needs matplotlib."})
+    plot_lowest: float | None = field(
+        default=None, metadata={"help": "Lowest top-1 accuracy on the plots' axis, in percent."}
+    )
+
+
+@dataclass(repr=False)
+class SweepOptions(QuantizationOptions):
+    """Options of a [`ClusterConfig`], of which the first three take several values: a model for each combination."""
+
+    bits: list[int] = field(
+        default_factory=lambda: [4], metadata={"help": "Bits of a weight's code, 1 to 8; one or several."}
+    )
+    method: list[str] = field(
+        default_factory=lambda: ["cluster"],
+        metadata={"help": "How codebooks are chosen: cluster (k-means), uniform (evenly spaced), or both."},
+    )
+    granularity: list[str] = field(
+        default_factory=lambda: ["per_tensor"],
+        metadata={"help": "Which weights share a codebook: per_tensor, per_channel or per_group; one or several."},
+    )
+
+    def __post_init__(self):
+        for method, granularity, bits in itertools.product(self.method, self.granularity, self.bits):
+            self.config(method, granularity, bits)  # a bad option is refused before any work is done
+
+    def config(self, method: str, granularity: str, bits: int) -> ClusterConfig:
+        """The configuration of one combination, without the options that belong to another one of them."""
+        options = {option.name: getattr(self, option.name) for option in dataclasses.fields(QuantizationOptions)}
+        options |= {"method": method, "granularity": granularity, "bits": bits}
+        if granularity != "per_group" and "per_group" in self.granularity:
+            options["group_size"] = None
+        for other in set(self.method) & METHODS.keys() - {method}:
+            options |= dict.fromkeys(METHODS[other].options)
+        return ClusterConfig(**options)
 
 
 @dataclass
-class CalibrationArguments:
-    """Calibration on images of the training split, without labels. An option left out takes `quantize()`'s default."""
+class SweepCalibration(CalibrationConfig):
+    """Options of a [`CalibrationConfig`], with several targets: a model for each of them."""
 
-    calibration_samples: int = field(default=0, metadata={"help": "How many images; 0 quantizes without data."})
-    calibration_batch_size: int = field(default=64, metadata={"help": "Images in a batch."})
-    sensitivity: str | None = field(default=None, metadata={"help": "none, second_moment or fisher."})
-    error_compensation: bool | None = field(default=None, metadata={"help": "GPTQ with the codebook."})
-    bias_correction: bool | None = field(default=None, metadata={"help": "Keep every layer's mean output."})
-    tuning_steps: int | None = field(default=None, metadata={"help": "Steps of training on the float model's outputs."})
-    activation_range: str | None = field(default=None, metadata={"help": "minmax, percentile, mse or entropy."})
     target_bits_per_weight: list[float] = field(
-        default_factory=list, metadata={"help": "Further models, whose layers' bits are chosen to store so many."}
-    )
-    ablation: bool = field(
-        default=False, metadata={"help": "Add sensitivity, error compensation, bias correction and tuning in turn."}
+        default_factory=list,
+        metadata={"help": "Further models, whose layers' bits are chosen to store so many bits per weight each."},
     )
 
-    def options(self) -> dict:
-        """The whole options of `quantize()`. Raises `ValueError` for a bad one, before any work is done."""
-        names = [name for name in (*PLAIN, "activation_range") if getattr(self, name) is not None]
-        options = dataclasses.asdict(CalibrationOptions(**{name: getattr(self, name) for name in names}))
-        return {name: options[name] for name in (*PLAIN, "activation_range")}
+    def __post_init__(self):
+        for target in (None, *self.target_bits_per_weight):
+            self.config(target_bits_per_weight=target)
 
-    def steps(self) -> dict[str, dict | None]:
-        """Options of `quantize()` for each step of the comparison, by name; `None` without calibration."""
-        options = self.options()
-        if self.calibration_samples == 0:
-            return {"": None}
-        if not self.ablation:
-            return {"calibrated": options}
-        if options["tuning_steps"] is None:
-            options["tuning_steps"] = DEFAULT_TUNING_STEPS
-        steps = {"": options | PLAIN}
-        for name in PLAIN:
-            if options[name] != PLAIN[name]:
-                steps[name] = steps[list(steps)[-1]] | {name: options[name]}
+    def config(self, **changes) -> CalibrationConfig:
+        """The configuration with these `changes`, for one model."""
+        options = {option.name: getattr(self, option.name) for option in dataclasses.fields(CalibrationConfig)}
+        return CalibrationConfig(**(options | {"target_bits_per_weight": None} | changes))
+
+    def stages(self, args: QuantizeArguments) -> dict[str, CalibrationConfig]:
+        """How the weights are found at each stage of the comparison, by its name."""
+        if args.calibration_images == 0:
+            return {"quantized": self.config()}
+        if not args.ablation:
+            return {"calibrated": self.config()}
+        steps = {"quantized": self.config(**STEPS_OFF)}
+        for name, off in STEPS_OFF.items():
+            if getattr(self, name) != off:
+                steps[name] = dataclasses.replace(list(steps.values())[-1], **{name: getattr(self, name)})
         return steps
 
 
 @dataclass
 class Trial:
-    """One quantized model to be made: its folder, its line in the figures, and the arguments of `quantize()`.
+    """One quantized model to be made.
 
-    `bits` is `None` if they differ between layers; `options` is `None` without calibration.
+    Attributes:
+        name: of its folder.
+        label: of its line in the figures.
+        bits: of a weight's code; a target if they differ between layers.
+        stage: how its weights are found: quantized (without images), calibrated, the last step added, or mixed.
+        config, calibration: the arguments of `quantize()`; `calibration` is `None` where no images are used.
     """
 
     name: str
     label: str
-    bits: int | None
-    config: repvgg_hf.ClusterConfig
-    options: dict | None
+    bits: float
+    stage: str
+    config: ClusterConfig
+    calibration: CalibrationConfig | None
 
 
-def plan(quantization: QuantizationArguments, calibration: CalibrationArguments) -> list[Trial]:
+def plan(args: QuantizeArguments, sweep: SweepOptions, calibration: SweepCalibration) -> list[Trial]:
     """All combinations; a bad argument raises `ValueError` before any work is done."""
-    needs_images = {name: getattr(calibration, name) for name in ("ablation", "target_bits_per_weight")}
-    needs_images |= {"activation_bits": quantization.activation_bits is not None}
+    needs_images = {
+        "ablation": args.ablation,
+        "target_bits_per_weight": calibration.target_bits_per_weight,
+        "activation_bits": sweep.activation_bits is not None,
+    }
     for name, given in needs_images.items():
-        if given and calibration.calibration_samples == 0:
-            raise ValueError(f"--{name} needs images to calibrate on: add --calibration_samples 512.")
-    shared = {name: getattr(quantization, name) for name in SHARED}
+        if given and args.calibration_images == 0:
+            raise ValueError(f"--{name} needs images to calibrate on: add --calibration_images 512.")
     trials = []
-    for method, granularity in itertools.product(quantization.methods, quantization.granularities):
-        group_size = quantization.group_size if granularity == "per_group" else None
-        shared |= {"method": method, "granularity": granularity, "group_size": group_size}
-        for step, options in calibration.steps().items():
-            for bits in quantization.bits:
-                trials.append(make_trial(bits, step, repvgg_hf.ClusterConfig(bits=bits, **shared), options))
+    for method, granularity in itertools.product(sweep.method, sweep.granularity):
+        for stage, settings in calibration.stages(args).items():
+            for bits in sweep.bits:
+                trials.append(make_trial(bits, stage, sweep.config(method, granularity, bits), settings))
         for target in calibration.target_bits_per_weight:
-            options = calibration.options() | {"target_bits_per_weight": target}
-            CalibrationOptions(**options)  # checks the target
-            trials.append(make_trial(target, "mixed", repvgg_hf.ClusterConfig(**shared), options))
+            settings = calibration.config(target_bits_per_weight=target)
+            trials.append(make_trial(target, "mixed", sweep.config(method, granularity, sweep.bits[0]), settings))
     return trials
 
 
-def make_trial(size: float, step: str, config: repvgg_hf.ClusterConfig, options: dict | None) -> Trial:
-    """Named after the configuration and what was done besides, such as `cluster-per_channel-w4-tuning_steps`."""
+def make_trial(size: float, stage: str, config: ClusterConfig, calibration: CalibrationConfig | None) -> Trial:
+    """The trial, called after the configuration and stage, such as `cluster-per_channel-w4-bias_correction`."""
     scale = "+scale" if config.channel_scale else ""
     activations = "" if config.activation_bits is None else f"a{config.activation_bits}"
-    name = [f"{config.method}-{config.granularity}{scale}", f"w{size}", activations, step]
-    what = f"+ {step.replace('_', ' ')}" if step in PLAIN else step
+    added = "" if stage == "quantized" else stage
+    name = [f"{config.method}-{config.granularity}{scale}", f"w{size}", activations, added]
+    what = f"+ {stage.replace('_', ' ')}" if stage in STEPS_OFF else added
     label = [config.method, config.granularity.removeprefix("per_") + scale, activations, what]
-    if not (step or activations):
-        options = None  # the first step of an ablation has no use for images
-    bits = None if step == "mixed" else config.bits
-    return Trial("-".join(filter(None, name)), ", ".join(filter(None, label)), bits, config, options)
+    if not (added or activations):
+        calibration = None  # the first stage has no use for images
+    return Trial("-".join(filter(None, name)), ", ".join(filter(None, label)), size, stage, config, calibration)
 
 
-def calibration_batches(data_args: DataArguments, processor, calibration: CalibrationArguments, seed: int):
+def calibration_batches(args: QuantizeArguments, data_args: DataArguments, processor, batch_size: int, seed: int):
     """Training images `[batch, 3, size, size]` as in evaluation, without labels; none without calibration."""
-    if calibration.calibration_samples == 0:
+    if args.calibration_images == 0:
         return []
-    limited = dataclasses.replace(data_args, max_train_samples=calibration.calibration_samples)
-    images = with_pixel_values(load_splits(limited, seed=seed)["train"], limited, processor, train=False)
-    loader = DataLoader(images, calibration.calibration_batch_size, collate_fn=collate)
-    return [batch["pixel_values"] for batch in loader]
+    train_split = load_splits(data_args, seed=seed)["train"]
+    images = calibration_images(train_split, args.calibration_images, data_args, processor, seed)
+    return [batch["pixel_values"] for batch in DataLoader(images, batch_size, collate_fn=collate)]
 
 
 def measure(trial: Trial, output_dir: Path, processor, batches, dataset, evaluation_args) -> dict:
-    """Quantize, save and evaluate one model; its row of the results."""
+    """Quantize, save and evaluate one model; returns its row of the results."""
     model = AutoModelForImageClassification.from_pretrained(output_dir / "float")
     start = time.perf_counter()
-    options = {} if trial.options is None else {"calibration": batches} | trial.options
-    model.quantize(trial.config, **options)
+    calibration = {} if trial.calibration is None else {"calibration": batches, "calibration_config": trial.calibration}
+    model.quantize(trial.config, **calibration)
     seconds = time.perf_counter() - start
     folder = output_dir / trial.name
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     figures, _ = evaluate_model(model, dataset, evaluation_args)
     size = {"bytes": checkpoint_bytes(folder), "bits_per_weight": bits_per_weight(model)}
-    return row(trial.name, trial.label, trial.bits, figures, size, seconds, trial.options)
+    return trial_row(trial, figures, size, seconds)
+
+
+def trial_row(trial: Trial, figures: dict, size: dict, seconds: float) -> dict:
+    """The row of the results of one of our models."""
+    fields = quantization_fields(trial.config) | {"bits": trial.bits, "stage": trial.stage}
+    settings = None if trial.calibration is None else dataclasses.asdict(trial.calibration)
+    row = {"model": trial.name, "label": trial.label, **fields, **figures, **size, "seconds": seconds}
+    return row | {"calibration_config": settings}
 
 
 def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, dataset, evaluation_args) -> dict:
-    """The same for another library's method. Bytes are those of weights in its format and float biases."""
+    """The row of another library's method. Bytes are those of weights in its format and float biases."""
     model = AutoModelForImageClassification.from_pretrained(output_dir / "float")
     start = time.perf_counter()
     quantized, stored = peer.quantize(model, bits, batches)
@@ -191,54 +221,56 @@ def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, dataset
     layers = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
     biases = sum(4 * layer.bias.numel() for layer in layers if layer.bias is not None)
     size = {"bytes": stored + biases, "bits_per_weight": 8 * stored / sum(layer.weight.numel() for layer in layers)}
-    return row(f"{peer.label}, w{bits}", peer.label, bits, figures, size, seconds, None)
-
-
-def row(model: str, label: str, bits: int | None, figures: dict, size: dict, seconds: float | None, options) -> dict:
-    return {"model": model, "label": label, "bits": bits, **figures, **size, "seconds": seconds, "options": options}
+    fields = {"bits": bits, "activation_bits": peer.activation_bits}
+    fields["stage"] = "calibrated" if peer.calibrated else "quantized"
+    return {
+        "model": f"{peer.label}, w{bits}", "label": peer.label, **fields, **figures, **size, "seconds": seconds
+    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (quantization, calibration, data_args, evaluation_args), arguments = parse_arguments(
-        (QuantizationArguments, CalibrationArguments, DataArguments, EvaluationArguments), arguments
+    (args, sweep, calibration, data_args, evaluation_args), arguments = parse_arguments(
+        (QuantizeArguments, SweepOptions, SweepCalibration, DataArguments, EvaluationArguments), arguments
     )
-    trials = plan(quantization, calibration)
-    peers = [peer for name in quantization.peers for peer in peer_methods(name)]
-    if quantization.plot:
+    trials = plan(args, sweep, calibration)
+    peers = [peer for name in args.peers for peer in peer_methods(name)]
+    if args.plot:
         import_matplotlib()  # or it would be missed at the end
-    name, output_dir = quantization.model_name_or_path, Path(quantization.output_dir)
+    name, output_dir = args.model_name_or_path, Path(args.output_dir)
 
     model = AutoModelForImageClassification.from_pretrained(name)
     processor = build_processor(name, data_args)
     dataset = load_evaluation_split(data_args, processor, model.config, evaluation_args.seed)
-    batches = calibration_batches(data_args, processor, calibration, evaluation_args.seed)
+    batch_size, seed = calibration.calibration_batch_size, evaluation_args.seed
+    batches = calibration_batches(args, data_args, processor, batch_size, seed)
     figures, _ = evaluate_model(model.reparameterize(), dataset, evaluation_args)
     kernels = repvgg_hf.kernel_report(model)
     model.save_pretrained(output_dir / "float")
     size = {"bytes": checkpoint_bytes(output_dir / "float"), "bits_per_weight": 32.0}
+    float_row = {"model": "float", "label": "float", **quantization_fields(None), "stage": "float"}
     record = {
-        "command": ["recipes/ptq.py", *arguments],
+        "command": ["recipes/quantize.py", *arguments],
         "seed": evaluation_args.seed,
         "images": len(dataset),
-        "calibration_samples": sum(map(len, batches)),
-        "results": [row("float", "float", 32, figures, size, None, None)],
+        "calibration_images": sum(map(len, batches)),
+        "results": [float_row | figures | size | {"seconds": None, "calibration_config": None}],
         "peers": [],
         "float_kernels": kernels,
     }
     for trial in trials:
         record["results"].append(measure(trial, output_dir, processor, batches, dataset, evaluation_args))
-        write_json(output_dir / "ptq_results.json", record)
-    for peer, bits in itertools.product(peers, quantization.bits):
-        fits = bits in peer.bits and peer.activation_bits == quantization.activation_bits
+        write_json(output_dir / "quantize_results.json", record)
+    for peer, bits in itertools.product(peers, sweep.bits):
+        fits = bits in peer.bits and peer.activation_bits == sweep.activation_bits
         if fits and (batches or not peer.calibrated):
             record["peers"].append(measure_peer(peer, bits, output_dir, batches, dataset, evaluation_args))
-            write_json(output_dir / "ptq_results.json", record)
+            write_json(output_dir / "quantize_results.json", record)
 
     rows = record["results"] + record["peers"]
     print_table(f"{name} on {len(dataset)} images", [{column: line[column] for column in TABLE} for line in rows])
-    if quantization.plot:
+    if args.plot:
         for x in ("bits", "bytes"):
-            plot_accuracy(rows, output_dir / f"accuracy_{x}", x=x, lowest=quantization.plot_lowest)
+            plot_accuracy(rows, output_dir / f"accuracy_{x}", x=x, lowest=args.plot_lowest)
     return record
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from transformers import Trainer, TrainingArguments, set_seed
 
 from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
 from repvgg_hf.training.metrics import trainer_accuracies
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor, build_sgd
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor
+from repvgg_hf.training.optimizer import build_sgd
+from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
 from repvgg_hf.training.report import write_json
 
 
@@ -25,22 +26,37 @@ from repvgg_hf.training.report import write_json
 class TrainArguments(TrainingArguments):
     """`TrainingArguments` with defaults for the digits."""
 
-    output_dir: str = field(default="outputs/train")
-    num_train_epochs: float = field(default=20)
-    per_device_train_batch_size: int = field(default=64)
-    per_device_eval_batch_size: int = field(default=256)
-    learning_rate: float = field(default=0.1)
-    weight_decay: float = field(default=5e-4)
-    max_grad_norm: float = field(default=5.0)
-    warmup_steps: float = field(default=0.05)  # below 1: a share of all steps
-    optim: str = field(default="sgd", metadata={"help": "'sgd' (ours, with momentum) or one of Trainer's."})
-    momentum: float = field(default=0.9, metadata={"help": "Of SGD, in Nesterov's form; 0 for none."})
-    lr_scheduler_type: str = field(default="cosine")
-    eval_strategy: str = field(default="epoch")
-    save_strategy: str = field(default="epoch")
-    save_total_limit: int = field(default=2)
-    remove_unused_columns: bool = field(default=False)
-    report_to: str = field(default="none")
+    output_dir: str = field(default="outputs/train", metadata={"help": "Folder for models, checkpoints and figures."})
+    num_train_epochs: float = field(default=20, metadata={"help": "Epochs of training."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Images per batch in training, on each device."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Images per batch in evaluation, on each device."}
+    )
+    learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of kernels; nothing else decays."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Larger gradients are scaled down to this norm."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps in which the learning rate rises to its peak; below 1 a share of all."}
+    )
+    optim: str = field(
+        default="sgd", metadata={"help": "The optimizer: sgd (ours, with momentum) or one of Trainer's."}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD, in Nesterov's form; 0 for none."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls after its peak."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_total_limit: int = field(default=2, metadata={"help": "How many checkpoints to keep, the last ones."})
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Drop columns that the model does not take, which images are made of."},
+    )
+    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb or another, or none."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of all that is random: new weights, the choice of images, order, augmentation."},
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -1,15 +1,16 @@
 """Measure ours against its named peer, side by side in one run.
 
-    python recipes/benchmark.py inference                      fused, against timm's fused; 4 bit against float
-    python recipes/benchmark.py train_step                     OABN against plain batch norm, both against timm
-    python recipes/benchmark.py load                           a 4 bit checkpoint against the float one
-    python recipes/benchmark.py qat                            quantization-aware against float steps, and DKM
-    python recipes/benchmark.py quantize                       clustering the weights, against four libraries
-    python recipes/benchmark.py calibrate                      quantizing with calibration images: time and memory
-    python recipes/benchmark.py inference --help               the options of one of them
+    python -m repvgg_hf.recipes.benchmarks inference           fused, against timm's fused; 4 bit against float
+    python -m repvgg_hf.recipes.benchmarks train_step          OABN against plain batch norm, both against timm
+    python -m repvgg_hf.recipes.benchmarks load                a 4 bit checkpoint against the float one
+    python -m repvgg_hf.recipes.benchmarks qat                 quantization-aware against float steps, and DKM
+    python -m repvgg_hf.recipes.benchmarks quantize            clustering the weights, against four libraries
+    python -m repvgg_hf.recipes.benchmarks calibrate           quantizing with calibration images: time and memory
+    python -m repvgg_hf.recipes.benchmarks inference --help    the options of one of them
 
-Sides take turns, in a new order each time, and a ratio is that of their medians, so that the machine's noise hits all
-alike. The JSON file has every single time. Needs timm.
+`python recipes/benchmarks inference` is the same from a checkout. Sides take turns, in a new order each time, and a
+ratio is that of their medians, so that the machine's noise hits all alike. The JSON file has every single time. Needs
+timm.
 """
 
 import platform
@@ -22,27 +23,22 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 
-import benchmarks.calibrate
-import benchmarks.inference
-import benchmarks.load
-import benchmarks.qat
-import benchmarks.quantize
-import benchmarks.train_step
 import repvgg_hf
+from repvgg_hf.recipes.benchmarks import calibrate, inference, load, qat, quantize, train_step
 from repvgg_hf.training.report import write_json
 
 BENCHMARKS = {
-    "inference": (benchmarks.inference.InferenceArguments, benchmarks.inference.run),
-    "train_step": (benchmarks.train_step.TrainStepArguments, benchmarks.train_step.run),
-    "load": (benchmarks.load.LoadArguments, benchmarks.load.run),
-    "qat": (benchmarks.qat.QATArguments, benchmarks.qat.run),
-    "quantize": (benchmarks.quantize.QuantizeArguments, benchmarks.quantize.run),
-    "calibrate": (benchmarks.calibrate.CalibrateArguments, benchmarks.calibrate.run),
+    "inference": (inference.InferenceArguments, inference.run),
+    "train_step": (train_step.TrainStepArguments, train_step.run),
+    "load": (load.LoadArguments, load.run),
+    "qat": (qat.QATArguments, qat.run),
+    "quantize": (quantize.QuantizeArguments, quantize.run),
+    "calibrate": (calibrate.CalibrateArguments, calibrate.run),
 }
 
 
 def machine(device: str) -> dict:
-    """What a time depends on."""
+    """What a time depends on besides the code: device, processor, threads and versions."""
     return {
         "device": device if device == "cpu" else torch.get_device_module(device).get_device_name(),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -52,7 +48,7 @@ def machine(device: str) -> dict:
 
 
 def show(record: dict) -> None:
-    """A line for each ratio."""
+    """Print a table with a line for each ratio."""
     table = Table(title=f"{record['benchmark']}, {record['device']}, {record['threads']} threads")
     for heading in ("run", "what", "against", "medians", "ratio", "quartiles", "bar"):
         table.add_column(heading, justify="left" if heading in ("run", "what", "against") else "right")
@@ -77,6 +73,7 @@ def show(record: dict) -> None:
 
 
 def quantity(value: float, unit: str) -> str:
+    """A measured value in words, from seconds, bytes or a number without unit."""
     return {"s": f"{1000 * value:.1f} ms", "B": f"{value / 1e6:.2f} MB", "": f"{value:.5f}"}[unit]
 
 
@@ -86,14 +83,14 @@ def main(arguments: list[str] | None = None) -> dict:
         raise SystemExit(f"{__doc__}\nSay first which benchmark to run: {', '.join(BENCHMARKS)}.")
     name = arguments[0]
     dataclass, run = BENCHMARKS[name]
-    parser = HfArgumentParser(dataclass, prog=f"benchmark.py {name}")
+    parser = HfArgumentParser(dataclass, prog=f"python -m repvgg_hf.recipes.benchmarks {name}")
     (args,) = parser.parse_args_into_dataclasses(arguments[1:])
     set_seed(args.seed)
 
-    command = ["recipes/benchmark.py", *arguments]
+    command = ["recipes/benchmarks", *arguments]
     record = {"benchmark": name, "command": command, "seed": args.seed, **machine(args.device), "runs": run(args)}
     show(record)
-    write_json(args.output or f"outputs/benchmark_{name}.json", record)
+    write_json(args.output_json or f"outputs/benchmarks/{name}.json", record)
     return record
 
 

@@ -7,9 +7,8 @@ import torch
 from timm.utils.model import reparameterize_model
 
 from repvgg_hf.networks.timm import from_timm
-
-from .measuring import BenchmarkArguments, compare, time_alternately
-from .peers import check_agreement, timm_model
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_alternately
+from repvgg_hf.recipes.benchmarks.peers import check_agreement, timm_model
 
 OURS, QUANTIZED = "ours, fused", "ours, 4 bit"
 TIMM, TIMM_CHANNELS_LAST = "timm, fused", "timm, fused, channels_last"
@@ -17,11 +16,18 @@ TIMM, TIMM_CHANNELS_LAST = "timm, fused", "timm, fused, channels_last"
 
 @dataclass
 class InferenceArguments(BenchmarkArguments):
+    """Options of this benchmark."""
+
     variant: str = field(default="a0", metadata={"help": "A published variant, or 'cifar' for the study's network."})
     image_size: int = field(default=224, metadata={"help": "Side of the images in pixels."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 16], metadata={"help": "Each is one run."})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 16], metadata={"help": "Images per batch; each is one run."}
+    )
     method: str = field(
-        default="cluster", metadata={"help": "Of quantize(); 'uniform' is quicker to make, as fast to run."}
+        default="cluster",
+        metadata={
+            "help": "How codebooks are chosen: cluster, or uniform, which is quicker to make and as fast to run."
+        },
     )
 
 

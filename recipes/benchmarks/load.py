@@ -11,11 +11,10 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
-from repvgg_hf.runtime.cluster_layers import ClusterLayer
 from repvgg_hf.networks.timm import from_timm
-
-from .measuring import BenchmarkArguments, compare, time_alternately
-from .peers import timm_model
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_alternately
+from repvgg_hf.recipes.benchmarks.peers import timm_model
+from repvgg_hf.runtime.cluster_layers import ClusterLayer
 
 FLOAT, QUANTIZED = "float", "4 bit"
 BITS = 4
@@ -33,10 +32,15 @@ for folder in sys.argv[1:]:
 
 @dataclass
 class LoadArguments(BenchmarkArguments):
+    """Options of this benchmark."""
+
     variant: str = field(default="a0", metadata={"help": "A published variant, or 'cifar' for the study's network."})
     image_size: int = field(default=224, metadata={"help": "Side in pixels of the first image to classify."})
     method: str = field(
-        default="cluster", metadata={"help": "Of quantize(); 'uniform' is quicker to make, as fast to load."}
+        default="cluster",
+        metadata={
+            "help": "How codebooks are chosen: cluster, or uniform, which is quicker to make and as fast to load."
+        },
     )
     memory_repeats: int = field(default=3, metadata={"help": "Fresh processes that load each checkpoint."})
 

@@ -12,15 +12,21 @@ import torch
 
 @dataclass
 class BenchmarkArguments:
-    """What every benchmark takes."""
+    """Options of every benchmark."""
 
     repeats: int = field(default=15, metadata={"help": "Times that each side is measured."})
-    seconds: float = field(default=0.1, metadata={"help": "Least time of one measurement: quick calls are repeated."})
-    seed: int = field(default=0, metadata={"help": "Of the weights and images."})
-    device: str | None = field(
-        default=None, metadata={"help": "Default: the accelerator if there is one, else the CPU."}
+    seconds: float = field(
+        default=0.1, metadata={"help": "Least seconds of one measurement: quick calls are repeated."}
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file; default outputs/benchmark_<name>.json."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of all that is random: weights, images, and the order of the sides."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Where to run, such as cpu; by default the accelerator if there is one."}
+    )
+    output_json: str | None = field(
+        default=None, metadata={"help": "File for the figures, by default outputs/benchmarks/<name>.json."}
+    )
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -36,7 +42,7 @@ def synchronize() -> None:
 
 
 def time_calls(function: Callable, calls: int) -> float:
-    """Seconds a call."""
+    """The seconds per call of `function`."""
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -46,7 +52,7 @@ def time_calls(function: Callable, calls: int) -> float:
 
 
 def time_alternately(functions: dict[str, Callable], args: BenchmarkArguments) -> dict[str, list[float]]:
-    """Seconds a call of each function, `args.repeats` times; they take turns, so that noise hits them all.
+    """The seconds per call of each function, `args.repeats` times; they take turns, so that noise hits them all.
 
     Every turn has another order: a function also pays for the caches and the heap that the one before it left.
     """

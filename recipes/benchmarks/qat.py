@@ -1,6 +1,7 @@
 """A step of quantization-aware training against a float step, in time and peak memory; coremltools' DKM beside it."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -8,13 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from repvgg_hf.recipes.peers import peer_methods
 from repvgg_hf import RepVGGForImageClassification, update_codebooks
 from repvgg_hf.networks.timm import from_timm
-
-from .measuring import BenchmarkArguments, compare, time_alternately
-from .peers import timm_model, with_oabn
-from .train_step import training_step
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_alternately
+from repvgg_hf.recipes.benchmarks.peers import timm_model, with_oabn
+from repvgg_hf.recipes.benchmarks.train_step import training_step
+from repvgg_hf.recipes.peers import peer_methods
 
 FUSED, BRANCHES, UNIFORM = "float, fused", "float, branches", "uniform (LSQ) 4 bit, fused"
 # bars of the ratio to the float fused step, by batch size
@@ -24,26 +24,28 @@ MEMORY_BAR, BRANCHES_BAR = 1.03, 0.75
 
 @dataclass
 class QATArguments(BenchmarkArguments):
+    """Options of this benchmark."""
+
     variants: list[str] = field(
         default_factory=lambda: ["cifar", "cifar", "a0"],
         metadata={"help": "Published variants, or 'cifar' for the study's network. Each is one run."},
     )
     image_sizes: list[int] = field(
-        default_factory=lambda: [32, 32, 224], metadata={"help": "Pixels, for each variant."}
+        default_factory=lambda: [32, 32, 224],
+        metadata={"help": "Side of the images in pixels, for each of --variants."},
     )
     batch_sizes: list[int] = field(
-        default_factory=lambda: [64, 128, 64], metadata={"help": "Images, for each variant."}
+        default_factory=lambda: [64, 128, 64], metadata={"help": "Images per batch, for each of --variants."}
     )
-    codebook_updates: list[str] = field(
-        default_factory=lambda: ["gradient", "kmeans"], metadata={"help": "How the codebooks move: each is a side."}
-    )
-    compiled: bool = field(default=False, metadata={"help": "Also with torch.compile."})
-    dkm: bool = field(default=True, metadata={"help": "Also coremltools' DKMPalettizer, if it is installed."})
+    compiled: bool = field(default=False, metadata={"help": "Measure with torch.compile, too."})
+    dkm: bool = field(default=True, metadata={"help": "Measure coremltools' DKMPalettizer, too, if it is installed."})
     time: bool = field(default=True, metadata={"help": "Measure the time of a step."})
     memory_repeats: int = field(
         default=3, metadata={"help": "Times that each side's peak memory is measured, in processes of their own."}
     )
-    side: str | None = field(default=None, metadata={"help": "Only print this side's peak memory (used by itself)."})
+    side: str | None = field(
+        default=None, metadata={"help": "Print only the peak memory of this side, for the benchmark's own use."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,10 +65,8 @@ def sides(args: QATArguments) -> dict[str, tuple[str, dict]]:
     """(form, how it is prepared) of each side, by its name."""
     chosen = {FUSED: ("fused", {}), BRANCHES: ("branches", {}), UNIFORM: ("fused", {"method": "uniform", "bits": 4})}
     chosen[UNIFORM][1]["channel_scale"] = True
-    for update in args.codebook_updates:
-        for bits in (4, 2):
-            for form in ("fused", "branches"):
-                chosen[f"ClusterQAT ({update}) {bits} bit, {form}"] = (form, {"bits": bits, "codebook_update": update})
+    for bits, form in itertools.product((4, 2), ("fused", "branches")):
+        chosen[f"ClusterQAT {bits} bit, {form}"] = (form, {"bits": bits})
     if args.dkm and has_dkm():
         chosen |= {f"DKM {bits} bit, fused": ("dkm", {"bits": bits}) for bits in (4, 2)}
     return chosen
@@ -106,13 +106,14 @@ def peak_memory(args: QATArguments, name: str, index: int) -> int:
     """Bytes at most in use during three steps, measured in a fresh process; on a CPU what it has resident."""
     single = {"variants": args.variants, "image_sizes": args.image_sizes, "batch_sizes": args.batch_sizes}
     options = [f"--{key}={value[index]}" for key, value in single.items()]
-    updates = ["--codebook_updates", *args.codebook_updates]
-    command = [sys.executable, sys.argv[0], "qat", *options, *updates, "--device", args.device, "--side", name]
+    module = ["-m", "repvgg_hf.recipes.benchmarks", "qat"]
+    command = [sys.executable, *module, *options, "--device", args.device, "--side", name]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
 def print_peak(args: QATArguments) -> None:
+    """Print the peak memory of this process after three steps of `args.side`."""
     import resource
 
     base, batch = setting_of(args, 0)

@@ -16,15 +16,12 @@ import torch
 from repvgg_hf import ClusterConfig
 from repvgg_hf.compression.codebooks.weights import quantize_weight
 from repvgg_hf.networks.timm import from_timm
-
-from .load import LAUNCHER
-from .measuring import BenchmarkArguments, compare, time_calls
-from .peers import timm_model
+from repvgg_hf.recipes.benchmarks.load import LAUNCHER
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_calls
+from repvgg_hf.recipes.benchmarks.peers import timm_model
 
 Weights = dict[str, torch.Tensor]  # of every layer, by its name
-Method = Callable[
-    [Weights, int, bool], Callable[[], Weights]
-]  # what it is given, bits, per channel: a function to time
+Method = Callable[[Weights, int, bool], Callable[[], Weights]]  # weights, bits, per channel: a function to time
 
 OURS, OPTIMUM, NAMED_PEER = "ours", "kmeans1d", "coremltools"
 PACKAGES = {"kmeans1d": "kmeans1d", "scikit-learn": "sklearn", "flash1dkmeans": "flash1dkmeans"}
@@ -39,7 +36,7 @@ MEMORY_BAR = 6.0
 PEAK_MEMORY = """
 import json, resource, sys, psutil, torch
 from repvgg_hf import ClusterConfig
-from repvgg_hf.compression.weights import quantize_weight
+from repvgg_hf.compression.codebooks.weights import quantize_weight
 
 path, options = sys.argv[1], json.loads(sys.argv[2])
 torch.set_num_threads(options.pop("threads"))
@@ -58,6 +55,8 @@ print(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @dataclass
 class QuantizeArguments(BenchmarkArguments):
+    """Options of this benchmark."""
+
     repeats: int = field(default=5, metadata={"help": "Times that ours is measured."})
     peer_repeats: int = field(default=1, metadata={"help": "Times that each peer is measured; some take a minute."})
     variants: list[str] = field(
@@ -65,8 +64,10 @@ class QuantizeArguments(BenchmarkArguments):
         metadata={"help": "Published variants, or 'cifar' for the study's network; the peers cluster only the first."},
     )
     layers: int | None = field(default=None, metadata={"help": "Only the first so many layers, for a quick look."})
-    bits: int = field(default=4, metadata={"help": "Of a code."})
-    peers: list[str] = field(default_factory=lambda: list(PACKAGES), metadata={"help": "Which libraries to measure."})
+    bits: int = field(default=4, metadata={"help": "Bits of a weight's code, 1 to 8."})
+    peers: list[str] = field(
+        default_factory=lambda: list(PACKAGES), metadata={"help": f"Libraries to compare with: {', '.join(PACKAGES)}."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from repvgg_hf.networks.timm import from_timm
-
-from .measuring import BenchmarkArguments, compare, time_alternately
-from .peers import channels_last, check_agreement, timm_model, with_oabn
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_alternately
+from repvgg_hf.recipes.benchmarks.peers import channels_last, check_agreement, timm_model, with_oabn
 
 OABN, PLAIN = "ours, OABN", "ours, plain batch norm"
 TIMM, TIMM_CHANNELS_LAST = "timm", "timm, channels_last"
@@ -17,12 +16,18 @@ TIMM, TIMM_CHANNELS_LAST = "timm", "timm, channels_last"
 
 @dataclass
 class TrainStepArguments(BenchmarkArguments):
+    """Options of this benchmark."""
+
     variants: list[str] = field(
         default_factory=lambda: ["a0", "cifar"],
         metadata={"help": "Published variants, or 'cifar' for the study's network. Each is one run."},
     )
-    image_sizes: list[int] = field(default_factory=lambda: [224, 32], metadata={"help": "Pixels, for each variant."})
-    batch_sizes: list[int] = field(default_factory=lambda: [16, 128], metadata={"help": "Images, for each variant."})
+    image_sizes: list[int] = field(
+        default_factory=lambda: [224, 32], metadata={"help": "Side of the images in pixels, for each of --variants."}
+    )
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [16, 128], metadata={"help": "Images per batch, for each of --variants."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

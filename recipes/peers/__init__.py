@@ -1,6 +1,6 @@
-"""Other libraries' post-training quantization of a fused RepVGG, measured by the same evaluation as ours.
+"""Other libraries' quantization of a fused RepVGG, measured by the same evaluation as ours.
 
-A library is imported only when it is asked for: `pip install 'repvgg-hf[peers]'`.
+Imports the package, no recipe. A library is imported only when it is asked for: `pip install 'repvgg-hf[peers]'`.
 """
 
 from collections.abc import Callable
@@ -48,4 +48,4 @@ def peer_methods(name: str) -> list[PeerMethod]:
             import_module(package)
         except ImportError as error:
             raise ImportError(f"Comparing with {name} needs it: `pip install {' '.join(packages)}`.") from error
-    return import_module(f"peers.{module}").METHODS
+    return import_module(f"{__name__}.{module}").METHODS

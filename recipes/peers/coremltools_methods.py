@@ -21,7 +21,6 @@ from coremltools.optimize.torch.palettization import (
 from torch import nn
 
 from repvgg_hf.recipes.peers import PeerMethod
-from repvgg_hf.compression.ptq.data import block_chain
 
 logging.getLogger("coremltools").setLevel(logging.WARNING)  # it tells of every layer
 CHANNEL = {"granularity": "per_grouped_channel", "group_size": 1}
@@ -37,7 +36,7 @@ def palettize(model: nn.Module, bits: int, batches, **options) -> tuple[nn.Modul
 
 
 def palettize_sensitively(model: nn.Module, bits: int, batches: list[torch.Tensor], **options):
-    """K-means weighted by the squared gradients of the loss (SqueezeLLM), an image at a time.
+    """K-means weighted by the squared gradients of the loss (SqueezeLLM), one image after the other.
 
     Without labels, the loss is that of the class that the float model predicts, as in ours.
     """
@@ -56,7 +55,7 @@ def palettize_sensitively(model: nn.Module, bits: int, batches: list[torch.Tenso
 def compensate(model: nn.Module, bits: int, batches: list[torch.Tensor], **options) -> tuple[nn.Module, int]:
     """GPTQ, layer by layer, with a range and zero point for each channel."""
     compressed = copy.deepcopy(model)
-    chain = nn.Sequential(*block_chain(compressed).values())  # shares its modules
+    chain = nn.Sequential(*compressed.calibration_blocks().values())  # shares its modules
     options |= {"algorithm": "gptq", "weight_dtype": f"uint{bits}"}
     sections = {"global_config": options, "calibration_nsamples": len(batches)}
     config = LayerwiseCompressorConfig.from_dict(sections)

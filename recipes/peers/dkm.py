@@ -8,7 +8,9 @@ SCIKIT = "cpu.kmeans++"  # its own k-means++ for the start takes minutes on a CP
 
 
 def prepare_dkm(model: torch.nn.Module, bits: int, **options) -> tuple[torch.nn.Module, DKMPalettizer]:
-    """A fused model under DKM from the first step on, in place, one codebook a tensor; and its palettizer.
+    """Put a fused model under DKM from its first step on, in place, with a codebook per tensor.
+
+    Returns (model, palettizer).
 
     `options` are further ones of `ModuleDKMPalettizerConfig`. Call the palettizer's `step` after each optimizer step,
     and `finalize` at the end, which puts the entries of the codebooks into the kernels.

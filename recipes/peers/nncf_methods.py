@@ -136,7 +136,7 @@ def quantize(model: nn.Module, bits: int, batches: list[torch.Tensor], activatio
     )
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     codes = sum(-(-layer.weight.numel() * bits // 8) for layer in layers)
-    return quantized, codes + sum(4 * len(layer.weight) for layer in layers)  # and a float32 scale a channel
+    return quantized, codes + sum(4 * len(layer.weight) for layer in layers)  # and a float32 scale per channel
 
 
 METHODS = [

@@ -1,19 +1,18 @@
 """What OABN does to a small RepVGG: train with plain batch norm and with OABN, then quantize both without retraining.
 
-    python recipes/study.py --dataset_name <CIFAR-10 on the Hub or as a parquet folder> --image_column_name img
+    python -m repvgg_hf.recipes.studies.oabn --dataset_name <CIFAR-10 on the Hub or as a parquet folder>
 
 Writes the figures to `--output_json` and the tables made from them beside it, as Markdown. Trained models are kept in
 `--output_dir` and not trained again. Two times 8 epochs take about an hour and a half on 2 CPU cores.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from repvgg_hf.recipes.studies.shared import StudyArguments, run_recipe
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.report import write_json
 
@@ -21,53 +20,34 @@ NETWORK = "--stem_hidden_size 32 --hidden_sizes 48 96 192 256 --depths 2 4 4 1 -
 TRAINING = (
     "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
 )
-QUANTIZATION = "--bits 8 6 4 3 --methods uniform cluster --granularities per_tensor per_channel"
+QUANTIZATION = "--bits 8 6 4 3 --method uniform cluster --granularity per_tensor per_channel"
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 
 
-@dataclass
-class StudyArguments:
-    """Where the data is, and where results go."""
+@dataclass(kw_only=True)
+class OABNStudyArguments(StudyArguments):
+    """Options that say where the data is, and where results go."""
 
-    dataset_name: str = field(metadata={"help": "CIFAR-10: a Hub dataset or a local folder of parquet files."})
-    dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call it in the tables."})
-    image_column_name: str = field(default="img", metadata={"help": "Column with the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
     num_train_epochs: int = field(default=8, metadata={"help": "Epochs of each training."})
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that load images."})
-    seed: int = field(default=0, metadata={"help": "Seed of both trainings."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
-    output_dir: str = field(default="outputs/study", metadata={"help": "Where models go."})
-    output_json: str = field(default="model_cards/oabn_study.json", metadata={"help": "Where the figures go."})
+    output_dir: str = field(default="outputs/oabn_study", metadata={"help": "Folder for models."})
+    output_json: str = field(
+        default="outputs/oabn_study/oabn.json", metadata={"help": "File for the figures; their tables go beside it."}
+    )
 
 
-def run_recipe(name: str, options: str, args: StudyArguments, **more) -> None:
-    """Run another recipe with `options`, the study's data and `more` options."""
-    data = {
-        "dataset_name": args.dataset_name,
-        "seed": args.seed,
-        "dataloader_num_workers": args.dataloader_num_workers,
-    }
-    data |= {"image_column_name": args.image_column_name, "label_column_name": args.label_column_name}
-    data |= {"max_eval_samples": args.max_eval_samples}
-    command = [sys.executable, str(Path(__file__).with_name(name)), *options.split()]
-    for option, value in (data | more).items():
-        if value is not None:
-            command += [f"--{option}", str(value)]
-    subprocess.run(command, check=True)
-
-
-def study_norm(norm: str, args: StudyArguments) -> dict:
+def study_norm(norm: str, args: OABNStudyArguments) -> dict:
     """Train and quantize with one kind of batch normalization."""
+    shared = args.data_options() | {"dataloader_num_workers": args.dataloader_num_workers}
     folder = Path(args.output_dir) / norm.lower()
     if not (folder / "train_results.json").exists():
         limits = {"num_train_epochs": args.num_train_epochs, "max_train_samples": args.max_train_samples}
         limits["use_cpu"] = not torch.accelerator.is_available()  # Trainer wants to be told before it uses bf16 there
-        run_recipe("train.py", f"{NETWORK} {TRAINING} {NORMS[norm]}", args, output_dir=folder, **limits)
-    quantized = folder / "ptq"
-    run_recipe("ptq.py", QUANTIZATION, args, model_name_or_path=folder, output_dir=quantized)
-    ptq = json.loads((quantized / "ptq_results.json").read_text())
+        more = shared | limits | {"output_dir": folder}
+        run_recipe("train", f"{NETWORK} {TRAINING} {NORMS[norm]}", more)
+    quantized = folder / "quantize"
+    run_recipe("quantize", QUANTIZATION, shared | {"model_name_or_path": folder, "output_dir": quantized})
+    ptq = json.loads((quantized / "quantize_results.json").read_text())
     train = json.loads((folder / "train_results.json").read_text())
     return {
         "parameters": train["parameters"],
@@ -100,11 +80,11 @@ def markdown(record: dict) -> str:
 
 
 def summary(record: dict) -> str:
-    """A short table for the README: the granularities side by side left out, the kernels' range of kurtosis put in."""
+    """A short table for the README: without 6 bits, and with the range of the kernels' kurtosis."""
     norms = record["norms"]
     lines = ["| " + record["dataset"] + ", top-1 | " + " | ".join(norms) + " |", "|---|" + "---|" * len(norms)]
     for rows in zip(*(norm["results"] for norm in norms.values())):
-        if rows[0]["model"] == "float" or rows[0]["model"].endswith(("-w8", "-w4", "-w3")):
+        if rows[0]["bits"] in (32, 8, 4, 3):
             accuracies = " | ".join(f"{row['top1']:.1f}" for row in rows)
             lines.append(f"| {rows[0]['model']} | {accuracies} |")
     ranges = []
@@ -116,11 +96,11 @@ def summary(record: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (args,), _ = parse_arguments((StudyArguments,), arguments)
+    (args,), _ = parse_arguments((OABNStudyArguments,), arguments)
     norms = {norm: study_norm(norm, args) for norm in NORMS}
     parameters = [norm.pop("parameters") for norm in norms.values()]
     record = {
-        "recipe": "recipes/study.py",
+        "recipe": "recipes/studies/oabn.py",
         "options": {"network": NETWORK, "training": TRAINING, "quantization": QUANTIZATION, "norms": NORMS},
         "dataset": args.dataset_title,
         "epochs": args.num_train_epochs,

@@ -1,6 +1,7 @@
-"""What each step of post-training quantization is worth, on float checkpoints that `recipes/study.py` trained.
+"""What each step of post-training quantization is worth, on float checkpoints that the study `oabn` trained.
 
-    python recipes/ptq_study.py --models BN/0=outputs/study/bn OABN/0=outputs/study/oabn --dataset_name <CIFAR-10>
+    python -m repvgg_hf.recipes.studies.ptq --models BN/0=outputs/oabn_study/bn OABN/0=outputs/oabn_study/oabn \\
+        --dataset_name <CIFAR-10 on the Hub or as a parquet folder> --image_column_name img
 
 A model's name is what it is, and the seed of its training: those that differ only there share a table of their means.
 With `--peers coremltools nncf` these libraries' methods are in it, on the same images. Writes the figures to
@@ -10,80 +11,84 @@ Markdown. Needs no labels but for measuring: the calibration images come from th
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageClassification
 
+from repvgg_hf.analysis import bits_per_weight
+from repvgg_hf.compression.ptq.config import CalibrationConfig
+from repvgg_hf.recipes.peers import PeerMethod, peer_methods
+from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkpoints
 from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.pictures import DataArguments, load_splits, with_pixel_values
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model
 from repvgg_hf.training.models import build_processor
-from repvgg_hf.recipes.peers import PeerMethod, peer_methods
-from repvgg_hf.analysis import bits_per_weight
-from repvgg_hf.training.report import by_kind, mean, write_json
+from repvgg_hf.training.pictures import DataArguments, calibration_images, load_splits, with_pixel_values
+from repvgg_hf.training.report import write_json
 
-PLAIN = {"error_compensation": False, "bias_correction": False, "tuning_steps": 0}
+PLAIN = {"error_compensation": False, "bias_correction": False}
 CHANNEL = {"granularity": "per_channel"}
-TUNED = {"tuning_steps": 200}
-# name: (options of quantize, whether they need calibration images)
+UNIFORM = {"method": "uniform"}
+# title: (options of quantize, those of CalibrationConfig or None to use no images)
 METHODS = {
-    "uniform, tensor": ({"method": "uniform"}, False),
-    "uniform, channel": ({"method": "uniform"} | CHANNEL, False),
-    "uniform, channel, all steps": ({"method": "uniform"} | CHANNEL | TUNED, True),
-    "k-means, tensor and scale": ({}, False),
-    "k-means, channel": (CHANNEL, False),
-    "k-means, channel, by second moments": (CHANNEL | PLAIN | {"sensitivity": "second_moment"}, True),
-    "k-means, channel, by Fisher information": (CHANNEL | PLAIN | {"sensitivity": "fisher"}, True),
-    "k-means, channel, + error compensation": (CHANNEL | {"bias_correction": False, "tuning_steps": 0}, True),
-    "k-means, channel, + bias correction": (CHANNEL | {"tuning_steps": 0}, True),
-    "k-means, channel, + tuning = all steps": (CHANNEL | TUNED, True),
-    "k-means, tensor and scale, all steps": (TUNED, True),
+    "uniform, tensor": (UNIFORM, None),
+    "uniform, channel": (UNIFORM | CHANNEL, None),
+    "uniform, channel, calibrated": (UNIFORM | CHANNEL, {}),
+    "k-means, tensor and scale": ({}, None),
+    "k-means, channel": (CHANNEL, None),
+    "k-means, channel, by Fisher information": (CHANNEL, PLAIN | {"sensitivity": "fisher"}),
+    "k-means, channel, + error compensation": (CHANNEL, {"bias_correction": False}),
+    "k-means, channel, + bias correction": (CHANNEL, {}),
+    "k-means, tensor and scale, calibrated": ({}, {}),
 }
 ACTIVATIONS = {"W4A8": {"bits": 4, "activation_bits": 8}, "W4A4": {"bits": 4, "activation_bits": 4}}
-TARGETS = (2.5, 3.2)  # bits a weight, mixed precision
+TARGETS = (2.5, 3.2)  # bits per weight, mixed precision
 
 
 @dataclass
 class PTQStudyArguments:
-    """Which models to quantize, at which bits."""
+    """Options that say which models to quantize, at which bits."""
 
     models: list[str] = field(
-        metadata={"help": "name/seed=folder of each float checkpoint, such as BN/0=outputs/study/bn."}
+        metadata={"help": "Float checkpoints as name/seed=folder, such as BN/0=outputs/oabn_study/bn."}
     )
-    bits: list[int] = field(default_factory=lambda: [8, 6, 5, 4, 3, 2], metadata={"help": "Bits of a weight."})
-    dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call the data in the tables."})
+    bits: list[int] = field(
+        default_factory=lambda: [8, 6, 5, 4, 3, 2], metadata={"help": "Bits of a weight's code, 1 to 8; several."}
+    )
+    dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call the dataset in the tables."})
     peers: list[str] = field(default_factory=list, metadata={"help": "Libraries to compare with: coremltools, nncf."})
-    calibration_samples: int = field(default=512, metadata={"help": "Training images to calibrate on."})
-    output_json: str = field(default="model_cards/ptq_study.json", metadata={"help": "Where the figures go."})
+    calibration_images: int = field(default=512, metadata={"help": "Training images, without labels, to calibrate on."})
+    output_json: str = field(
+        default="outputs/ptq_study/ptq.json", metadata={"help": "File for the figures; their tables go beside it."}
+    )
 
 
-class CachedImages(torch.utils.data.Dataset):
-    """A dataset's examples, decoded once: every model is measured on all of them."""
+@dataclass
+class Line:
+    """A line of the study at one number of bits.
 
-    def __init__(self, dataset):
-        examples = dataset[:]
-        self.pixel_values, self.labels = torch.stack(list(examples["pixel_values"])), examples["labels"]
+    Attributes:
+        title: of the line in the tables.
+        bits: of a weight's code; `None` if they differ between layers.
+        quantize: `quantize(model) -> (model, bits per weight)`.
+        fields: what else its row of the record says.
+    """
 
-    def __len__(self):
-        return len(self.labels)
+    title: str
+    bits: int | None
+    quantize: Callable
+    fields: dict = field(default_factory=dict)
 
-    def __getitem__(self, index):
-        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
-
-
-def settings(bits: list[int]) -> dict[str, tuple[dict, bool]]:
-    """Every line of the study: `(options of quantize, whether they need images)` by name."""
-    lines = {
-        f"{name}|{b}": (options | {"bits": b}, images) for name, (options, images) in METHODS.items() for b in bits
-    }
-    lines |= {f"{name}|{name}": (options | TUNED, True) for name, options in ACTIVATIONS.items()}
-    return lines | {f"mixed|{target}": ({"target_bits_per_weight": target} | TUNED, True) for target in TARGETS}
+    def row(self) -> dict:
+        """The row without figures."""
+        row = {"line": self.title, "bits": self.bits, "activation_bits": None, "target_bits_per_weight": None}
+        return row | self.fields
 
 
 def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
-    """Evaluate the checkpoint after `quantize(model)`, which returns the model and its bits a weight."""
+    """Evaluate the checkpoint after `quantize(model)`, which returns the model and its bits per weight."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval().reparameterize()
     start = time.perf_counter()
     model, size = quantize(model)
@@ -92,38 +97,46 @@ def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
     return {**figures, "bits_per_weight": size, "seconds": seconds}
 
 
-def with_options(options: dict):
-    """Our quantization with these `options`."""
+def ours(title: str, options: dict, calibration: dict | None, images: torch.Tensor) -> Line:
+    """The line of our quantization with these `options`, and of `CalibrationConfig` with those of `calibration`."""
+    data = {}
+    if calibration is not None:
+        data = {"calibration": images, "calibration_config": CalibrationConfig(**calibration)}
 
     def quantize(model):
-        model.quantize(**options)
+        model.quantize(**options, **data)
         return model, bits_per_weight(model)
 
-    return quantize
+    fields = {name: options[name] for name in ("activation_bits",) if name in options}
+    fields |= {"target_bits_per_weight": (calibration or {}).get("target_bits_per_weight")}
+    return Line(title, options.get("bits"), quantize, fields | {"options": options, "calibration_config": calibration})
 
 
-def with_peer(peer: PeerMethod, bits: int, images: torch.Tensor):
-    """Another library's."""
+def theirs(library: str, peer: PeerMethod, bits: int, images: torch.Tensor) -> Line:
+    """The line of another library's method."""
 
     def quantize(model):
         weights = sum(module.weight.numel() for module in model.modules() if hasattr(module, "weight"))
         quantized, stored = peer.quantize(model, bits, list(images.split(64)))
         return quantized, 8 * stored / weights
 
-    return quantize
+    return Line(peer.label, bits, quantize, {"library": library})
 
 
-def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, tuple]:
-    """(what quantizes, what to note) of every line of the study, by its name."""
-    chosen = {"float": (lambda model: (model, 32.0), {})}
-    for name, (options, calibrated) in settings(study.bits).items():
-        calibration = {"calibration": images} if calibrated else {}
-        chosen[name] = with_options(options | calibration), {"options": options}
+def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, Line]:
+    """Every line of the study, by its key in the record."""
+    chosen = {"float": Line("float", 32, lambda model: (model, 32.0))}
+    for title, (options, calibration) in METHODS.items():
+        chosen |= {f"{title}|{b}": ours(title, options | {"bits": b}, calibration, images) for b in study.bits}
+    chosen |= {title: ours(title, options, {}, images) for title, options in ACTIVATIONS.items()}
+    for target in TARGETS:
+        title = f"mixed precision, target {target}"
+        chosen[title] = ours(title, {}, {"target_bits_per_weight": target}, images)
     for library in study.peers:
         for peer in peer_methods(library):
             for bits in study.bits:
                 if bits in peer.bits and peer.activation_bits is None:
-                    chosen[f"{peer.label}|{bits}"] = with_peer(peer, bits, images), {"library": library}
+                    chosen[f"{peer.label}|{bits}"] = theirs(library, peer, bits, images)
     return chosen
 
 
@@ -131,31 +144,31 @@ def main(arguments: list[str] | None = None) -> dict:
     (study, data_args, evaluation_args), _ = parse_arguments(
         (PTQStudyArguments, DataArguments, EvaluationArguments), arguments
     )
-    folders = dict(model.split("=", 1) for model in study.models)
-    path = Path(study.output_json)
+    checkpoints = split_checkpoints(study.models)
+    path, seed = Path(study.output_json), evaluation_args.seed
     record = {
-        "recipe": "recipes/ptq_study.py",
+        "recipe": "recipes/studies/ptq.py",
         "dataset": study.dataset_title,
-        "calibration_samples": study.calibration_samples,
-        "seed": evaluation_args.seed,
+        "calibration_images": study.calibration_images,
+        "seed": seed,
         "models": {},
     }
     if path.exists():
         record["models"] = json.loads(path.read_text())["models"]
-    processor = build_processor(next(iter(folders.values())), data_args)
-    data_args.max_train_samples = study.calibration_samples
-    splits = load_splits(data_args, seed=evaluation_args.seed)
-    evaluation_set, calibration_set = (
-        CachedImages(with_pixel_values(splits[name], data_args, processor, train=False))
-        for name in ("validation", "train")
-    )
+    processor = build_processor(next(iter(checkpoints.values()))[0], data_args)
+    splits = load_splits(data_args, seed=seed)
+    # a list, so that each image is decoded once for all models
+    evaluation_set = list(with_pixel_values(splits["validation"], data_args, processor, train=False))
+    calibration_set = calibration_images(splits["train"], study.calibration_images, data_args, processor, seed)
+    images = torch.stack([example["pixel_values"] for example in calibration_set])
     record["images"] = len(evaluation_set)
-    for name, folder in folders.items():
+    for name, (folder, network) in checkpoints.items():
         results = record["models"].setdefault(name, {})
-        for line, (quantize, notes) in lines(study, calibration_set.pixel_values).items():
-            if line not in results:
-                results[line] = notes | measure(folder, quantize, evaluation_set, evaluation_args)
-                print(f"{name}, {line}: top-1 {results[line]['top1']:.2f}", flush=True)
+        for key, line in lines(study, images).items():
+            if key not in results:
+                figures = measure(folder, line.quantize, evaluation_set, evaluation_args)
+                results[key] = network | line.row() | figures
+                print(f"{name}, {key}: top-1 {figures['top1']:.2f}", flush=True)
                 write_json(path, record)
     table = markdown(record)
     path.with_suffix(".md").write_text(table, encoding="utf-8")
@@ -164,46 +177,47 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def markdown(record: dict) -> str:
-    """For each kind of model a table of mean top-1: methods against bits."""
-    seeds = sorted({name.partition("/")[2] for name in record["models"]} - {""})
+    """For each network a table of mean top-1: methods against bits."""
+    networks = rows_by_network(record)
+    seeds = sorted({row["network_seed"] for rows in networks.values() for row in rows} - {None})
     text = [
         f"Top-1 in percent on {record['images']:,} images of {record['dataset']}; calibrated on "
-        f"{record['calibration_samples']} training images without labels, seed {record['seed']}. "
+        f"{record['calibration_images']} training images without labels, seed {record['seed']}. "
         + "The last column has the bits that a weight takes with the fewest bits, codebooks and scales included."
         + (f" Means over float networks trained with the seeds {' and '.join(seeds)}." if seeds else "")
     ]
-    for kind, results in by_kind(record["models"]).items():
-        text += ["", *table_of_methods(kind, results), "", *table_of_others(results)]
+    for network, rows in networks.items():
+        floats = [row for row in rows if row["line"] == "float"]
+        plain = [row for row in rows if row["line"] != "float" and row["activation_bits"] is None]
+        methods = [row for row in plain if row["target_bits_per_weight"] is None]
+        others = [row for row in rows if row not in floats and row not in methods]
+        text += ["", *table_of_methods(f"{network}, float {mean(floats):.2f}", methods), "", *table_of_others(others)]
     return "\n".join(text).strip() + "\n"
 
 
-def table_of_methods(kind: str, results: dict[str, list[dict]]) -> list[str]:
+def table_of_methods(heading: str, rows: list[dict]) -> list[str]:
     """Ours and other libraries' methods against bits, and what the weights take with the fewest, codebooks included."""
-    libraries = [line.split("|")[0] for line, rows in results.items() if "library" in rows[0]]
-    methods = [*METHODS, *dict.fromkeys(libraries)]
-    bits = sorted({int(line.split("|")[1]) for line in results if line.split("|")[0] in methods}, reverse=True)
-    text = [f"| {kind}, float {mean(results['float']):.2f} | " + " | ".join(f"{b} bit" for b in bits) + " | stored |"]
-    text.append("|---|" + "---|" * (len(bits) + 1))
-    for method in methods:
-        cells = [results.get(f"{method}|{b}") for b in bits]
-        if any(cells):
-            figures = " | ".join("" if cell is None else f"{mean(cell):.2f}" for cell in cells)
-            stored = mean([cell for cell in cells if cell][-1], "bits_per_weight")
-            text.append(f"| {method} | {figures} | {stored:.2f} |")
+    bits = sorted({row["bits"] for row in rows}, reverse=True)
+    text = [
+        f"| {heading} | " + " | ".join(f"{b} bit" for b in bits) + " | stored |",
+        "|---|" + "---|" * (len(bits) + 1),
+    ]
+    for title in dict.fromkeys(row["line"] for row in rows):
+        cells = [[row for row in rows if row["line"] == title and row["bits"] == b] for b in bits]
+        figures = " | ".join(f"{mean(cell):.2f}" if cell else "" for cell in cells)
+        stored = mean([cell for cell in cells if cell][-1], "bits_per_weight")
+        text.append(f"| {title} | {figures} | {stored:.2f} |")
     return text
 
 
-def table_of_others(results: dict[str, list[dict]]) -> list[str]:
+def table_of_others(rows: list[dict]) -> list[str]:
     """Activations and mixed precision."""
-    kinds = (*ACTIVATIONS, "mixed")
-    others = {line: rows for line, rows in results.items() if line.split("|")[0] in kinds}
-    if not others:
+    if not rows:
         return []
     text = ["| | bits per weight | top-1 |", "|---|---|---|"]
-    for line, rows in others.items():
-        method, what = line.split("|")
-        title = what if method == what else f"mixed precision, target {what}"
-        text.append(f"| {title} | {mean(rows, 'bits_per_weight'):.2f} | {mean(rows):.2f} |")
+    for title in dict.fromkeys(row["line"] for row in rows):
+        cell = [row for row in rows if row["line"] == title]
+        text.append(f"| {title} | {mean(cell, 'bits_per_weight'):.2f} | {mean(cell):.2f} |")
     return text
 
 

@@ -1,9 +1,9 @@
-"""Train a fused float checkpoint with coremltools' differentiable k-means: what to compare `recipes/qat.py` with.
+"""Train a fused float checkpoint with coremltools' differentiable k-means: what to compare the recipe `qat` with.
 
-    python recipes/qat_dkm.py --model_name_or_path outputs/train --bits 4 --dataset_name ...
+    python -m repvgg_hf.recipes.studies.qat_dkm --model_name_or_path outputs/train --bits 4 --dataset_name ...
 
-Same loop, data and options as there, in float32: one codebook a tensor and a scale a channel, k-means++ of scikit-learn
-for the start (its own takes minutes on a CPU), all else as coremltools has it. Writes `qat_results.json`.
+The loop, data and options are the same, in float32: a codebook per tensor and a scale per channel, k-means++ of
+scikit-learn for the start (its own takes minutes on a CPU), all else as coremltools has it. Writes `qat_results.json`.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
+from repvgg_hf.recipes.peers import peer_methods
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.loop import PhaseArguments, predict, train_phase
+from repvgg_hf.training.metrics import accuracies
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor
 from repvgg_hf.training.pictures import (
     DataArguments,
     collate,
@@ -23,21 +27,19 @@ from repvgg_hf.training.pictures import (
     training_data,
     with_pixel_values,
 )
-from repvgg_hf.training.metrics import accuracies
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor
-from repvgg_hf.recipes.peers import peer_methods
-from repvgg_hf.training.report import print_table, write_json
-from repvgg_hf.training.loop import PhaseArguments, predict, train_phase
+from repvgg_hf.training.report import print_table, quantization_fields, write_json
+
+TABLE = ("model", "top1", "top5", "images", "bytes", "bits_per_weight")
 
 
 @dataclass
 class DKMArguments(PhaseArguments):
-    """How to train and palettize."""
+    """Options of the training and of the codebooks."""
 
-    output_dir: str = field(default="outputs/qat_dkm", metadata={"help": "Where the figures go."})
-    bits: int = field(default=4, metadata={"help": "Bits of a weight, 1 to 8."})
+    output_dir: str = field(default="outputs/qat_dkm", metadata={"help": "Folder for the figures."})
+    bits: int = field(default=4, metadata={"help": "Bits of a weight's code, 1 to 8."})
     num_train_epochs: int = field(default=2, metadata={"help": "Epochs of training."})
-    learning_rate: float = field(default=0.01, metadata={"help": "Its peak learning rate."})
+    learning_rate: float = field(default=0.01, metadata={"help": "Peak learning rate."})
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -68,18 +70,20 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     final = palettizer.finalize(trained, inplace=True)
 
+    shared = {"granularity": "per_tensor", "channel_scale": True, "method": "dkm", "bits": args.bits}
     rows = []
-    for name, logits, size in (
-        ("float, with branches", float_logits, 4 * weights),
-        (f"{args.bits} bit, packed", predict(accelerator, final, validation), stored_bytes(final, args.bits)),
-    ):
-        hits = accuracies(logits, labels)
-        figures = {"accuracy": hits["top1"], "top5": hits["top5"], "images": len(logits)}
-        rows.append({"model": name, **figures, "bytes": size, "bits_per_weight": 8 * size / weights})
-    record = {"command": ["recipes/qat_dkm.py", *arguments], "seed": args.seed, "results": rows}
+    for name, stage, fields, logits, size in (
+        ("float, with branches", "float", {}, float_logits, 4 * weights),
+        (f"{args.bits} bit, packed", "packed", shared, predict(accelerator, final, validation),
+         stored_bytes(final, args.bits)),
+    ):  # fmt: skip
+        figures = {"images": len(logits), **accuracies(logits, labels)}
+        figures |= {"bytes": size, "bits_per_weight": 8 * size / weights}
+        rows.append({"model": name, **quantization_fields(None), **fields, "stage": stage, **figures})
+    record = {"command": ["recipes/studies/qat_dkm.py", *arguments], "seed": args.seed, "results": rows}
     if accelerator.is_main_process:
         write_json(Path(args.output_dir) / "qat_results.json", record)
-        print_table("Held-out images", rows)
+        print_table("Held-out images", [{column: row[column] for column in TABLE} for row in rows])
     return {"results": rows}
 
 

@@ -1,12 +1,27 @@
 """Command lines: dataclasses filled from options, or from one `.json` file."""
 
 import sys
+from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
 
+@dataclass
+class RunArguments:
+    """Options of every recipe that looks at images: how to load them, and the seed."""
+
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Images per batch in evaluation, on each device."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of all that is random: new weights, the choice of images, order, augmentation."},
+    )
+
+
 def parse_arguments(dataclasses: tuple, arguments: list[str] | None) -> tuple[tuple, list[str]]:
-    """(instances of `dataclasses`, the arguments as given). `None` takes the process's own arguments."""
+    """Return (instances of `dataclasses`, the arguments as given). `None` takes the process's own arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(dataclasses)
     if len(arguments) == 1 and arguments[0].endswith(".json"):

@@ -5,18 +5,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import Trainer, TrainingArguments
 
-from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
+from repvgg_hf.training.arguments import RunArguments
 from repvgg_hf.training.metrics import trainer_accuracies
+from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
 
 
 @dataclass
-class EvaluationArguments:
-    """How to run the evaluation."""
+class EvaluationArguments(RunArguments):
+    """Options of an evaluation."""
 
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images in a batch, on each device."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
-    bf16: bool = field(default=False, metadata={"help": "Evaluate in bfloat16 autocast."})
-    seed: int = field(default=0, metadata={"help": "Seed of the choice of images with --max_eval_samples."})
+    bf16: bool = field(default=False, metadata={"help": "Evaluate in bfloat16."})
 
 
 def load_evaluation_split(data_args: DataArguments, processor, config, seed: int):
@@ -32,7 +30,7 @@ def load_evaluation_split(data_args: DataArguments, processor, config, seed: int
 
 
 def evaluate_model(model, dataset, args: EvaluationArguments) -> tuple[dict[str, float], np.ndarray]:
-    """({"top1", "top5" in percent, "loss"}, logits `[images, classes]`)."""
+    """Return ({"top1", "top5" in percent, "loss"}, logits `[images, classes]`)."""
     training_args = TrainingArguments(
         output_dir="outputs/evaluate",  # nothing is written there
         per_device_eval_batch_size=args.per_device_eval_batch_size,

@@ -1,7 +1,5 @@
 """A training loop on Accelerate, for float and quantization-aware phases alike."""
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,70 +13,60 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import repvgg_hf
-from repvgg_hf.compression.qat.prepare import diverged
+from repvgg_hf.compression.qat.callback import diverged
+from repvgg_hf.training.arguments import RunArguments
+from repvgg_hf.training.checkpoints import find_state, load_state, save_state
+from repvgg_hf.training.optimizer import build_sgd, moving_average
 
 
 @dataclass
-class PhaseArguments:
-    """What both phases share."""
+class PhaseArguments(RunArguments):
+    """Options of a training phase, float or quantization-aware."""
 
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images in a batch, on each device."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "The same, for evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches in an optimizer step."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Of kernels."})
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest norm of the gradient."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
-    ema_decay: float = field(
-        default=0.0, metadata={"help": "Train on to the moving average of weights with this decay a step; 0 for none."}
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Images per batch in training, on each device."}
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory, a second forward pass."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
-    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on from the last epoch saved."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD, in Nesterov's form; 0 for none."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of kernels; nothing else decays."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Larger gradients are scaled down to this norm."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "End with the moving average of the weights, which decays so much per step; 0 for none."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Save memory by a second forward pass instead of stored activations."}
+    )
+    resume_from_checkpoint: bool = field(
+        default=False, metadata={"help": "Go on from the last epoch that --output_dir has a checkpoint of."}
+    )
 
 
-class MovingAverage:
-    """The exponential moving average of a model's floating-point state over optimizer steps."""
-
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.decay = decay
-        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: torch.nn.Module) -> None:
-        for name, tensor in model.state_dict().items():
-            average = self.state[name]
-            average.lerp_(tensor, 1 - self.decay) if tensor.is_floating_point() else average.copy_(tensor)
-
-
-class Feed:
-    """Iterates over `loader` and times how long that takes."""
+class TimedLoader:
+    """Iterates over `loader` and adds up in `seconds` how long that made the training wait for its batches."""
 
     def __init__(self, loader: Iterable):
-        self.loader, self.waited = loader, 0.0
+        self.loader, self.seconds = loader, 0.0
 
     def __iter__(self) -> Iterator:
         batches = iter(self.loader)
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - start
+            self.seconds += time.perf_counter() - start
             if batch is None:
                 return
             yield batch
 
 
-def build_optimizer(model: torch.nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on kernels only, not on codebooks, scales, norms and biases."""
-    groups = {weight_decay: [], 0.0: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[weight_decay if parameter.dim() > 1 and "fake_quant" not in name else 0.0].append(parameter)
-    groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
-
-
 def loss_on_labels(model, batch: dict) -> torch.Tensor:
+    """The model's own loss of a batch, 0-dim."""
     return model(**batch).loss
+
+
+def optimizer_steps(batches: int, args: PhaseArguments) -> int:
+    """How many optimizer steps `batches` on each device make."""
+    return -(-batches // args.gradient_accumulation_steps)
 
 
 def train_phase(
@@ -107,30 +95,27 @@ def train_phase(
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     settings = model.config.qat_config
-    optimizer = build_optimizer(model, learning_rate, args.weight_decay)
+    optimizer = build_sgd(model, learning_rate, args.weight_decay, args.momentum)
+    average = moving_average(model, args.ema_decay, accelerator.device) if args.ema_decay else None
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     bare = accelerator.unwrap_model(model)
-    average = MovingAverage(bare, args.ema_decay) if args.ema_decay else None
-    steps_an_epoch = -(-len(loader) // args.gradient_accumulation_steps)
-    steps = epochs * steps_an_epoch
+    steps_per_epoch = optimizer_steps(len(loader), args)
+    steps = epochs * steps_per_epoch
     scheduler = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, steps // 20, steps))
 
     checkpoint = None if output_dir is None else output_dir / "checkpoint" / phase
     step = 0
-    if checkpoint and args.resume_from_checkpoint and recover_state(accelerator, checkpoint):
-        check_settings(checkpoint, settings)
-        accelerator.load_state(checkpoint)
-        if average is not None:
-            average.state = torch.load(checkpoint / "average.pt", map_location=accelerator.device)
+    if checkpoint and args.resume_from_checkpoint and find_state(accelerator, checkpoint):
+        load_state(accelerator, checkpoint, settings, average)
         step = scheduler.scheduler.last_epoch
         accelerator.print(f"{phase}: going on after step {step} of {steps}")
 
     bar = tqdm(total=steps, initial=step, desc=phase, disable=not accelerator.is_local_main_process)
-    for epoch in range(step // steps_an_epoch, epochs):
+    for epoch in range(step // steps_per_epoch, epochs):
         model.train()
         loader.set_epoch(epoch)
-        total, feed, start = 0.0, Feed(loader), time.perf_counter()
-        for batch in feed:
+        total, batches, start = 0.0, TimedLoader(loader), time.perf_counter()
+        for batch in batches:
             with accelerator.accumulate(model):
                 with accelerator.autocast():  # of all models that the loss needs
                     loss = loss_of(model, batch)
@@ -145,21 +130,20 @@ def train_phase(
                 scheduler.step()
                 repvgg_hf.update_codebooks(bare)
                 if average is not None:
-                    average.update(bare)
+                    average.update_parameters(bare)
                 step += 1
                 bar.update()
             total += loss.detach()
-        mean_loss = accelerator.reduce(total / len(loader), "mean").item()
         seconds = time.perf_counter() - start
         figures = {
-            "loss": mean_loss,
+            "loss": accelerator.reduce(total / len(loader), "mean").item(),
             "learning_rate": scheduler.get_last_lr()[0],
             "images_per_second": len(dataset) / seconds,
-            "share_of_time_waiting_for_data": feed.waited / seconds,
+            "share_of_time_waiting_for_data": batches.seconds / seconds,
         }
         accelerator.print(
-            f"{phase} epoch {epoch + 1}: loss {mean_loss:.3f}, {figures['images_per_second']:.0f} images/s, "
-            f"{feed.waited / seconds:.1%} of the time waiting for data"
+            f"{phase} epoch {epoch + 1}: loss {figures['loss']:.3f}, {figures['images_per_second']:.0f} images/s, "
+            f"{figures['share_of_time_waiting_for_data']:.1%} of the time waiting for data"
         )
         accelerator.log({f"{phase}_{name}": value for name, value in figures.items()}, step=epoch + 1)
         if checkpoint:
@@ -169,56 +153,10 @@ def train_phase(
     unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     accelerator.free_memory()  # forget this phase's optimizer and scheduler
     if average is not None:
-        unwrapped.load_state_dict(average.state)
+        unwrapped.load_state_dict(average.module.state_dict())
     if args.gradient_checkpointing:
         unwrapped.gradient_checkpointing_disable()
     return unwrapped
-
-
-def check_settings(checkpoint: Path, settings: dict | None) -> None:
-    """Raise `ValueError` if the state in `checkpoint` was saved with other quantization settings."""
-    saved = json.loads((checkpoint / "qat_config.json").read_text())
-    wanted = json.loads(json.dumps(settings))
-    if saved == wanted:
-        return
-    parts = [(part, key) for part in wanted or {} for key in wanted[part]] if saved and wanted else []
-    differing = [
-        f"{key}={saved[a].get(key)!r}, now {wanted[a][key]!r}"
-        for a, key in parts
-        if saved[a].get(key) != wanted[a][key]
-    ]
-    raise ValueError(
-        f"The checkpoint {checkpoint} was trained with other quantization options ({'; '.join(differing) or 'none'}): "
-        "give the same ones to go on, or another --output_dir to begin anew."
-    )
-
-
-def save_state(
-    accelerator: Accelerator, checkpoint: Path, settings: dict | None = None, average: MovingAverage | None = None
-) -> None:
-    """Save the whole state in the folder `checkpoint`, in such an order that an interruption leaves a complete one."""
-    new, old = checkpoint.with_name(checkpoint.name + ".new"), checkpoint.with_name(checkpoint.name + ".old")
-    accelerator.save_state(new)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (new / "qat_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        if average is not None:
-            torch.save(average.state, new / "average.pt")
-        shutil.rmtree(old, ignore_errors=True)
-        if checkpoint.exists():
-            checkpoint.rename(old)
-        new.rename(checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def recover_state(accelerator: Accelerator, checkpoint: Path) -> bool:
-    """Whether there is a state in `checkpoint`; one that an interrupted `save_state` had set aside is put back."""
-    old = checkpoint.with_name(checkpoint.name + ".old")
-    if accelerator.is_main_process and not checkpoint.exists() and old.exists():
-        old.rename(checkpoint)
-    accelerator.wait_for_everyone()
-    return checkpoint.exists()
 
 
 @torch.inference_mode()

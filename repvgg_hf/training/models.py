@@ -1,38 +1,49 @@
-"""Model and optimizer that the recipes share."""
+"""The model that a recipe trains, and its image processor."""
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-import repvgg_hf
+from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.training.pictures import DataArguments, make_processor
-from repvgg_hf import RepVGGConfig
 
 
 @dataclass
 class ModelArguments:
-    """Which model to start from. Without `--model_name_or_path`, a new one."""
+    """Options that say which model to start from: `--model_name_or_path`, or else a new one."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A checkpoint folder or Hub id to start from."}
     )
-    variant: str | None = field(default=None, metadata={"help": "A published variant, a0 to d2se, for a new model."})
-    stem_hidden_size: int = field(default=32, metadata={"help": "Width of the stem (new model without --variant)."})
-    hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Width of each stage."})
-    depths: list[int] = field(default_factory=lambda: [1, 2, 1], metadata={"help": "Layers of each stage."})
-    stem_stride: int = field(default=1, metadata={"help": "Stride of the stem."})
-    strides: list[int] | None = field(default=None, metadata={"help": "Stride of each stage; default 1, then 2s."})
-    oabn: bool = field(default=True, metadata={"help": "Outlier-aware batch normalization."})
-    oabn_threshold: float = field(default=6.0, metadata={"help": "Its bound, in standard deviations."})
-    ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Replace a classifier of another size."})
+    variant: str | None = field(
+        default=None, metadata={"help": "For a new model: a published variant, a0 to d2se, which sets all sizes."}
+    )
+    stem_hidden_size: int = field(default=32, metadata={"help": "For a new model: channels of the stem."})
+    hidden_sizes: list[int] = field(
+        default_factory=lambda: [32, 64, 128], metadata={"help": "For a new model: channels of each stage."}
+    )
+    depths: list[int] = field(
+        default_factory=lambda: [1, 2, 1], metadata={"help": "For a new model: layers of each stage."}
+    )
+    stem_stride: int = field(default=1, metadata={"help": "For a new model: stride of the stem."})
+    strides: list[int] | None = field(
+        default=None, metadata={"help": "For a new model: stride of each stage; by default 1 and then 2s."}
+    )
+    oabn: bool = field(default=True, metadata={"help": "For a new model: outlier-aware batch normalization."})
+    oabn_threshold: float = field(
+        default=6.0,
+        metadata={"help": "For a new model: the bound of OABN, in standard deviations of the 3x3 branch's entries."},
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Train a new classifier if the checkpoint's has another number of classes."}
+    )
 
 
 def build_model(args: ModelArguments, labels: list[str]):
     """The model to train, with `labels` as its classes. Raises `ValueError` if a checkpoint has another number."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
     if args.model_name_or_path is None:
-        return repvgg_hf.RepVGGForImageClassification(new_config(args, names))
+        return RepVGGForImageClassification(new_config(args, names))
     config = RepVGGConfig.from_pretrained(args.model_name_or_path)
     if config.num_labels != len(labels) and not args.ignore_mismatched_sizes:
         raise ValueError(
@@ -45,6 +56,7 @@ def build_model(args: ModelArguments, labels: list[str]):
 
 
 def new_config(args: ModelArguments, names: dict) -> RepVGGConfig:
+    """The configuration of a new model, with the label `names`."""
     oabn = {"oabn": args.oabn, "oabn_threshold": args.oabn_threshold}
     if args.variant is not None:
         return RepVGGConfig.from_variant(args.variant, **oabn, **names)
@@ -60,19 +72,9 @@ def new_config(args: ModelArguments, names: dict) -> RepVGGConfig:
 
 
 def build_processor(model_name_or_path: str | None, data: DataArguments):
-    """The checkpoint's image processor, or a new one of `--image_size`."""
+    """The checkpoint's image processor, or a new one of `--image_size`. Raises `ValueError` without either."""
     if model_name_or_path is not None and data.image_size is None:
         return AutoImageProcessor.from_pretrained(model_name_or_path)
     if data.image_size is None and data.dataset_name != "digits":
         raise ValueError("Give --image_size, the side in pixels of the images that the model shall see.")
     return make_processor(data.image_size or 8)
-
-
-def build_sgd(
-    model: torch.nn.Module, learning_rate: float, weight_decay: float, momentum: float = 0.9
-) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; weight decay on kernels only, as in RepVGG's own training."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)

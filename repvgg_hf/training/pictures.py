@@ -22,21 +22,30 @@ class DataArguments:
             "help": "'digits' (scikit-learn's, embedded), a dataset on the Hub, or a local folder of parquet files."
         },
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
-    train_val_split: float = field(default=0.2, metadata={"help": "Share to hold out if there is no evaluation split."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the Hub."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Training images: a folder with one folder of images per class."}
+    )
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Evaluation images: a folder with one folder of images per class."}
+    )
+    train_val_split: float = field(
+        default=0.2, metadata={"help": "Share of the training images to hold out if there is no evaluation split."}
+    )
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the square that the model sees; default the model's, or 8 for digits."},
+        metadata={"help": "Side in pixels of the images for the model; by default the checkpoint's, 8 for digits."},
     )
-    augmentation: str = field(default="crop", metadata={"help": f"One of {', '.join(AUGMENTATIONS)}."})
+    augmentation: str = field(
+        default="crop", metadata={"help": f"Augmentation of training images: {', '.join(AUGMENTATIONS)}."}
+    )
     cache_gigabytes: float = field(
-        default=2.0, metadata={"help": "Keep decoded training images in memory if they fit (in qat.py); 0 for never."}
+        default=2.0,
+        metadata={"help": "Keep decoded training images in memory if they fit (in qat.py), in GiB; 0 for never."},
     )
 
     def __post_init__(self):
@@ -91,8 +100,8 @@ def load_splits(args: DataArguments, seed: int = 0, train: bool = True) -> Datas
             splits[name] = splits[name].shuffle(seed=seed).select(range(min(limit, len(splits[name]))))
     for name, split in splits.items():
         if len(split) == 0:
-            raise ValueError(f"The {name} split is empty: check --max_{'train' if name == 'train' else 'eval'}_samples "
-                             "and the dataset's files.")  # fmt: skip
+            option = "--max_train_samples" if name == "train" else "--max_eval_samples"
+            raise ValueError(f"The {name} split is empty: check {option} and the dataset's files.")
     return splits
 
 
@@ -107,6 +116,7 @@ def check_columns(dataset: Dataset, args: DataArguments) -> None:
 
 
 def label_names(dataset: Dataset, args: DataArguments) -> list[str]:
+    """The names of the classes, in the order of their labels."""
     return dataset.features[args.label_column_name].names
 
 
@@ -147,7 +157,7 @@ def with_pixel_values(dataset: Dataset, args: DataArguments, processor, train: b
 
 
 class CachedImages(TorchDataset):
-    """All images of `dataset`, decoded once to uint8 `[images, 3, size, size]`: resized, center cropped."""
+    """All images of `dataset`, decoded once to uint8 `[images, 3, size, size]`: resized, then cropped to the center."""
 
     def __init__(self, dataset: Dataset, args: DataArguments, processor):
         size = processor.crop_size["height"]
@@ -161,7 +171,7 @@ class CachedImages(TorchDataset):
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once; `DataLoader` asks for it if it is there."""
+        """Return a whole batch at once: `pixel_values` uint8 `[batch, 3, size, size]`, `labels` int64 `[batch]`."""
         indices = torch.tensor(indices)
         return {"pixel_values": self.images[indices], "labels": self.labels[indices]}
 
@@ -169,13 +179,12 @@ class CachedImages(TorchDataset):
 class BatchTransform:
     """The `collate_fn` for [`CachedImages`]: augments and normalizes a whole batch, each image in its own way."""
 
-    def __init__(self, args: DataArguments, processor, train: bool):
+    def __init__(self, args: DataArguments, processor):
         size = processor.crop_size["height"]
-        augmentation = args.augmentation if train else "none"
-        self.padding = max(1, size // 8) if "crop" in augmentation else 0
-        self.flip = augmentation.endswith("flip")
+        self.padding = max(1, size // 8) if "crop" in args.augmentation else 0
+        self.flip = args.augmentation.endswith("flip")
         mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-        # of an image from 0 to 255: factor * image + offset
+        # factor * image + offset normalizes an image from 0 to 255
         self.factor, self.offset = (1 / (255 * std)).view(3, 1, 1), (-mean / std).view(3, 1, 1)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -186,7 +195,7 @@ class BatchTransform:
         return {"pixel_values": pixel_values, "labels": batch["labels"]}
 
     def random_crop(self, images: torch.Tensor) -> torch.Tensor:
-        """Each of the square `images` `[batch, 3, size, size]` moved by up to `padding` pixels, and perhaps flipped."""
+        """Move each of the square `images` `[batch, 3, size, size]` by up to `padding` pixels, and flip it perhaps."""
         count, _, size, _ = images.shape
         padded = F.pad(images, [self.padding] * 4)
         corners = torch.randint(2 * self.padding + 1, (2, count, 1))
@@ -198,15 +207,22 @@ class BatchTransform:
 
 
 def training_data(dataset: Dataset, args: DataArguments, processor):
-    """(dataset, collate_fn) for a `DataLoader`: from a cache of decoded images if they fit `--cache_gigabytes`."""
+    """Return (dataset, collate_fn) for a `DataLoader`: a cache of decoded images if they fit `--cache_gigabytes`."""
     size = processor.crop_size["height"]
     fits = len(dataset) * 3 * size**2 <= args.cache_gigabytes * 2**30
     if fits and args.augmentation != "resized_crop_flip":  # that one needs the whole image
-        return CachedImages(dataset, args, processor), BatchTransform(args, processor, train=True)
+        return CachedImages(dataset, args, processor), BatchTransform(args, processor)
     return with_pixel_values(dataset, args, processor, train=True), collate
 
 
+def calibration_images(train_split: Dataset, count: int, args: DataArguments, processor, seed: int) -> Dataset:
+    """`count` images of the training split, chosen at random, as in evaluation; fewer if there are no more."""
+    chosen = train_split.shuffle(seed=seed).select(range(min(count, len(train_split))))
+    return with_pixel_values(chosen, args, processor, train=False)
+
+
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Stack examples: `pixel_values` `[batch, 3, size, size]`, `labels` int64 `[batch]`."""
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),

@@ -7,6 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
+
+FIELDS = ("method", "bits", "granularity", "group_size", "channel_scale", "activation_bits")
+
 
 def write_json(path: str | Path, record: dict) -> None:
     """Write `record` to `path`, through a temporary file, so that a reader never sees half of it."""
@@ -17,18 +21,11 @@ def write_json(path: str | Path, record: dict) -> None:
     os.replace(temporary, path)
 
 
-def by_kind(models: dict[str, dict]) -> dict[str, dict[str, list[dict]]]:
-    """The rows of all seeds for every line of a study, `{kind: {line: rows}}`; a model's name is `kind/seed`."""
-    kinds = {}
-    for name, results in models.items():
-        lines = kinds.setdefault(name.split("/")[0], {})
-        for line, row in results.items():
-            lines.setdefault(line, []).append(row)
-    return kinds
-
-
-def mean(rows: list[dict], figure: str = "top1") -> float:
-    return sum(row[figure] for row in rows) / len(rows)
+def quantization_fields(config: QuantizationOptions | None) -> dict:
+    """The fields of a row of results that say how its model is quantized; `None` is a float model."""
+    if config is None:
+        return {"method": "float", "bits": 32} | dict.fromkeys(FIELDS[2:])
+    return {name: getattr(config, name) for name in FIELDS}
 
 
 def print_table(title: str, rows: list[dict]) -> None:

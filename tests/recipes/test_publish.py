@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
+from repvgg_hf.recipes import publish as recipe
+from repvgg_hf.training.pictures import make_processor
+from repvgg_hf.training.report import quantization_fields
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-import publish as recipe  # noqa: E402
-from data import make_processor  # noqa: E402
+CARDS = Path(__file__).parents[2] / "model_cards"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A trained-looking folder with a 4 bit model in `w4/` and the file that ptq.py would write."""
-    folder = tmp_path_factory.mktemp("ptq")
+    """A folder with a float model in `train/`, a 4 bit one in `w4/`, and the file that quantize.py would write."""
+    folder = tmp_path_factory.mktemp("quantize")
     config = RepVGGConfig(
         stem_hidden_size=8, hidden_sizes=[8, 16], depths=[1, 1], stem_stride=1, strides=[1, 2], num_labels=10
     )
@@ -27,19 +27,20 @@ def checkpoint(tmp_path_factory) -> Path:
     model.quantize(bits=4).save_pretrained(folder / "w4")
     make_processor(8).save_pretrained(folder / "w4")
     row = {"top1": 95.0, "top5": 99.0, "loss": 0.2, "bits_per_weight": 4.4}
-    rows = [
-        row | {"model": "float", "top1": 96.0, "bytes": 9000, "bits_per_weight": 32.0},
-        row | {"model": "cluster-per_tensor+scale-w4", "bytes": (folder / "w4" / "model.safetensors").stat().st_size},
-    ]
-    record = {"command": ["recipes/ptq.py", "--model_name_or_path", str(folder / "train")], "seed": 0, "images": 360}
-    (folder / "ptq_results.json").write_text(json.dumps(record | {"results": rows}))
+    row |= quantization_fields(model.config.quantization_config) | {"stage": "quantized"}
+    row |= {"model": "cluster-per_tensor+scale-w4", "bytes": (folder / "w4" / "model.safetensors").stat().st_size}
+    float_row = row | quantization_fields(None) | {"model": "float", "stage": "float", "top1": 96.0, "bytes": 9000}
+    rows = [float_row | {"bits_per_weight": 32.0}, row]
+    command = ["recipes/quantize.py", "--model_name_or_path", str(folder / "train")]
+    record = {"command": command, "seed": 0, "images": 360}
+    (folder / "quantize_results.json").write_text(json.dumps(record | {"results": rows}))
     return folder
 
 
 def options(checkpoint: Path, *more) -> list[str]:
     return [
         "--repo_id", "org/tiny", "--models", str(checkpoint / "w4"), "--dataset_title", "digits",
-        "--ptq_json", str(checkpoint / "ptq_results.json"), *map(str, more),
+        "--quantize_json", str(checkpoint / "quantize_results.json"), *map(str, more),
     ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_dry_run_writes_folder_and_card(checkpoint, tmp_path):
     recipe.main(options(checkpoint, "--dry_run", "--output_dir", tmp_path / "repo", *more))
     card = (tmp_path / "repo" / "README.md").read_text()
     assert "**Top-1 95.00 %** on digits, held out (360 images)" in card and "before fusing" in card
-    assert "python recipes/ptq.py --model_name_or_path train" in card and str(checkpoint) not in card
+    assert "python recipes/quantize.py --model_name_or_path train" in card and str(checkpoint) not in card
     assert (tmp_path / "tiny.md").read_text() == card
     (tmp_path / "tiny.md").unlink()
     subprocess.run([sys.executable, "-m", "repvgg_hf.hub", str(tmp_path / "tiny.json")], check=True)
@@ -76,7 +77,7 @@ def test_dry_run_of_a_family(checkpoint, tmp_path):
         (["--models", "a=b", "a=c"], "--models takes <name>=<value> with different names"),
         (["--dry_run", "--output_dir", "{new}", "--plots", "A plot=none.png"], "The plot 'A plot' must be a .png"),
         (["--dry_run", "--output_dir", "{new}", "--repo_id", "tiny"], "must be 'namespace/name'"),
-        (["--ptq_json", "none.json"], "none.json is no readable JSON file"),
+        (["--quantize_json", "none.json"], "none.json is no readable JSON file"),
         (["--dry_run", "--output_dir", "{new}", "--published", "w4"], "card.published is 'w4'"),
     ],
 )
@@ -86,7 +87,7 @@ def test_bad_options(checkpoint, tmp_path, more, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("repvgg-*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CARDS.glob("repvgg-*.json")), ids=lambda path: path.stem)
 def test_committed_cards_are_made_from_the_committed_json(path):
     from repvgg_hf.hub import ModelCard
 
@@ -94,5 +95,5 @@ def test_committed_cards_are_made_from_the_committed_json(path):
 
 
 def test_there_are_committed_cards():
-    names = {path.stem for path in (ROOT / "model_cards").glob("repvgg-*.json")}
+    names = {path.stem for path in CARDS.glob("repvgg-*.json")}
     assert any("digits" in name for name in names) and any("cifar10" in name for name in names)

@@ -1,62 +1,40 @@
 """The sweep of post-training quantization, on an untrained network: what it makes, names and draws."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from transformers import BitImageProcessor
 
-from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
+from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.analysis import bits_per_weight
+from repvgg_hf.compression.ptq.config import CalibrationConfig
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "ptq.py"
-CALIBRATED = "--calibration_samples 48 --calibration_batch_size 16 --max_eval_samples 40 --tuning_steps 2".split()
-STEPS = ("sensitivity", "error_compensation", "bias_correction", "tuning_steps")
-
-
-def run(*options) -> str:
-    """The output of the recipe, which must succeed."""
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(RECIPE), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+CALIBRATED = "--calibration_images 48 --calibration_batch_size 16 --max_eval_samples 40".split()
+STEPS = ("sensitivity", "error_compensation", "bias_correction")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config = RepVGGConfig(stem_hidden_size=8, hidden_sizes=[8, 16], depths=[1, 1], strides=[1, 2], num_labels=10)
-    RepVGGForImageClassification(config).save_pretrained(folder)
-    size = {"height": 8, "width": 8}
-    BitImageProcessor(size={"shortest_edge": 8}, crop_size=size, resample=2).save_pretrained(folder)
-    return folder
-
-
-def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path):
+def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     output = run(
-        "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 3, "--granularities", "per_channel",
-        *CALIBRATED, "--ablation", "True", "--sensitivity", "fisher", "--target_bits_per_weight", 5.5,
-        "--activation_range", "minmax",
+        "quantize", "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 3,
+        "--granularity", "per_channel", *CALIBRATED, "--ablation", "True", "--sensitivity", "fisher",
+        "--target_bits_per_weight", 5.5, "--activation_range", "minmax",
     )  # fmt: skip
-    record = json.loads((tmp_path / "ptq_results.json").read_text())
-    assert record["calibration_samples"] == 48 and record["images"] == 40 and record["peers"] == []
+    record = json.loads((tmp_path / "quantize_results.json").read_text())
+    assert record["calibration_images"] == 48 and record["images"] == 40 and record["peers"] == []
     rows = {row["model"]: row for row in record["results"]}
     plain = "cluster-per_channel-w3"
     assert list(rows) == ["float", plain, *(f"{plain}-{step}" for step in STEPS), "cluster-per_channel-w5.5-mixed"]
+    assert [row["stage"] for row in record["results"]] == ["float", "quantized", *STEPS, "mixed"]
+    fields = {"method": "cluster", "granularity": "per_channel", "channel_scale": False, "activation_bits": None}
+    assert all(row.items() >= fields.items() for row in record["results"][1:])
 
-    off = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
-    on = {"sensitivity": "fisher", "error_compensation": True, "bias_correction": True, "tuning_steps": 2}
-    assert rows["float"]["options"] is None and rows[plain]["options"] is None
+    off = {"sensitivity": "none", "error_compensation": False, "bias_correction": False}
+    on = {"sensitivity": "fisher", "error_compensation": True, "bias_correction": True}
+    assert rows["float"]["calibration_config"] is None and rows[plain]["calibration_config"] is None
     for count, step in enumerate(STEPS, 1):
         expected = off | {name: on[name] for name in STEPS[:count]} | {"activation_range": "minmax"}
-        assert rows[f"{plain}-{step}"]["options"] == expected
+        expected = vars(CalibrationConfig(**expected, calibration_batch_size=16))
+        assert rows[f"{plain}-{step}"]["calibration_config"] == expected
     labels = [row["label"] for row in record["results"]]
     assert labels[1:4] == [
         "cluster, channel",
@@ -65,7 +43,7 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path):
     ]
 
     mixed = rows["cluster-per_channel-w5.5-mixed"]
-    assert mixed["bits"] is None and 3.5 < mixed["bits_per_weight"] <= 5.5
+    assert mixed["bits"] == 5.5 and 3.5 < mixed["bits_per_weight"] <= 5.5
     for name, row in list(rows.items())[1:]:
         assert name in output.replace("\n", "")
         assert row["bytes"] == (tmp_path / name / "model.safetensors").stat().st_size and row["seconds"] > 0
@@ -78,24 +56,41 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path):
         assert all(f">{label}</text>" in drawn for label in labels)
 
 
-def test_without_ablation_calibration_is_one_step(checkpoint, tmp_path):
+def test_without_ablation_calibration_is_one_step(checkpoint, tmp_path, run):
     run(
-        "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 4, 3, "--methods", "uniform",
-        *CALIBRATED, "--activation_bits", 8, "--plot", "False",
+        "quantize", "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 4, 3,
+        "--method", "uniform", *CALIBRATED, "--activation_bits", 8, "--plot", "False",
     )  # fmt: skip
-    rows = json.loads((tmp_path / "ptq_results.json").read_text())["results"]
+    rows = json.loads((tmp_path / "quantize_results.json").read_text())["results"]
     assert [row["model"] for row in rows[1:]] == [f"uniform-per_tensor-w{bits}-a8-calibrated" for bits in (4, 3)]
     assert not list(tmp_path.glob("*.svg"))
     config = RepVGGForImageClassification.from_pretrained(tmp_path / rows[1]["model"]).config.quantization_config
     assert config.activation_bits == 8 and config.bits == 4
 
 
+def test_combinations_take_only_the_options_that_they_have():
+    from repvgg_hf.recipes.quantize import SweepOptions
+
+    both = {"method": ["cluster", "uniform"], "granularity": ["per_channel", "per_group"]}
+    sweep = SweepOptions(**both, bits=[3], group_size=4, symmetric=False, channel_scale=False)
+    config = sweep.config("cluster", "per_group", 3)
+    assert (config.group_size, config.symmetric, config.bits) == (4, None, 3)
+    config = sweep.config("uniform", "per_channel", 3)
+    assert (config.group_size, config.symmetric, config.range_method) == (None, False, "mse")
+    with pytest.raises(ValueError, match="symmetric=False is an option of method='uniform'"):
+        SweepOptions(symmetric=False)
+    with pytest.raises(ValueError, match="group_size=4 don't fit"):
+        SweepOptions(group_size=4)
+
+
 BAD = {
-    "--ablation True": "--ablation needs images to calibrate on: add --calibration_samples",
+    "--bits 9": "bits must be an integer from 1 to 8, got 9",
+    "--method kmeans": "method must be one of cluster, uniform, got 'kmeans'",
+    "--ablation True": "--ablation needs images to calibrate on: add --calibration_images",
     "--activation_bits 8": "--activation_bits needs images to calibrate on",
     "--target_bits_per_weight 3.2": "--target_bits_per_weight needs images to calibrate on",
-    "--calibration_samples 8 --target_bits_per_weight 9": "target_bits_per_weight must be from 1 to 8, got 9.0",
-    "--calibration_samples 8 --sensitivity hessian": "sensitivity must be one of none, second_moment, fisher",
+    "--calibration_images 8 --target_bits_per_weight 9": "target_bits_per_weight must be from 1 to 8, got 9.0",
+    "--calibration_images 8 --sensitivity hessian": "sensitivity must be one of none, fisher, got 'hessian'",
     "--peers tensorrt": "--peers must be of coremltools, nncf, got 'tensorrt'",
     "--peers coremltools": "Comparing with coremltools needs it: `pip install coremltools`",
     "--peers nncf": "Comparing with nncf needs it: `pip install nncf openvino`",
@@ -104,22 +99,21 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def messages() -> dict[str, str]:
+def messages(start) -> dict[str, str]:
     """What the recipe says to bad options before it looks at the model; the extras are not installed."""
     code = f"""
 import json, sys
-import ptq
+from repvgg_hf.recipes import quantize
 sys.modules |= dict.fromkeys(["coremltools", "nncf", "matplotlib"])
 said = {{}}
 for options in {list(BAD)!r}:
     try:
-        ptq.main(["--model_name_or_path", "/there/is/no/model", *options.split()])
+        quantize.main(["--model_name_or_path", "/there/is/no/model", *options.split()])
     except (ValueError, ImportError) as error:
         said[options] = str(error)
 print(json.dumps(said))
 """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=RECIPE.parent, capture_output=True, text=True, timeout=240)
+    done = start("-c", code)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

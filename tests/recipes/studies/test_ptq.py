@@ -1,43 +1,45 @@
 """The study of post-training quantization."""
 
 import json
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from repvgg_hf.recipes.studies import ptq
 
 
-def test_it_goes_on_where_it_stopped(digits_checkpoint, run_study, tmp_path):
+def test_it_goes_on_where_it_stopped(digits_checkpoint, run, tmp_path):
     figures = tmp_path / "study.json"
     options = ["--models", f"tiny/7={digits_checkpoint}", "--image_size", 8, "--bits", 3, "--max_eval_samples", 32]
-    options += ["--calibration_samples", 32, "--output_json", figures, "--dataset_title", "Digits"]
-    done = run_study("ptq_study.py", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options += ["--calibration_images", 32, "--output_json", figures, "--dataset_title", "Digits"]
+    run("studies.ptq", *options)
     record = json.loads(figures.read_text())
     results = record["models"]["tiny/7"]
-    assert record["images"] == 32 and "k-means, channel|3" in results and "W4A8|W4A8" in results
-    assert results["mixed|3.2"]["bits_per_weight"] <= 3.2
+    assert record["images"] == 32 and "k-means, channel|3" in results and "W4A8" in results
+    assert results["W4A8"]["activation_bits"] == 8 and results["W4A8"]["bits"] == 4
+    mixed = results["mixed precision, target 3.2"]
+    assert mixed["bits_per_weight"] <= mixed["target_bits_per_weight"] == 3.2 and mixed["bits"] is None
     table = figures.with_suffix(".md").read_text()
     assert "| tiny, float" in table and "trained with the seeds 7." in table
-    for line, row in results.items():
-        assert f"{row['top1']:.2f}" in table and line.split("|")[0].replace("mixed", "mixed precision") in table
+    for row in results.values():
+        assert f"{row['top1']:.2f}" in table and row["line"] in table
     assert str(tmp_path) not in figures.read_text() + table
 
-    del results["W4A8|W4A8"]
+    del results["W4A8"]
     results["k-means, channel|3"]["top1"] = 12.34  # what is there is kept
     figures.write_text(json.dumps(record))
-    assert run_study("ptq_study.py", *options).returncode == 0
+    run("studies.ptq", *options)
     again = json.loads(figures.read_text())["models"]["tiny/7"]
-    assert again["k-means, channel|3"]["top1"] == 12.34 and "W4A8|W4A8" in again
+    assert again["k-means, channel|3"]["top1"] == 12.34 and "W4A8" in again
 
 
-def test_seeds_share_a_table_of_means(run_study):
-    sizes = {"float": 32.0, "k-means, channel|4": 4.5, "theirs|4": 5.0}
-    rows = {line: {"top1": 90.0 - 2 * size, "bits_per_weight": size} for line, size in sizes.items()}
-    rows["theirs|4"]["library"] = "x"
-    other = {line: row | {"top1": row["top1"] + 3} for line, row in rows.items()}
-    record = {"images": 1, "dataset": "D", "calibration_samples": 2, "seed": 0, "models": {"BN/0": rows, "BN/1": other}}
-    script = "import json, sys, ptq_study; print(ptq_study.markdown(json.loads(sys.argv[1])))"
-    table = run_study("-c", script, json.dumps(record)).stdout
+def test_seeds_share_a_table_of_means():
+    models = {}
+    for seed, more in (("0", 0.0), ("1", 3.0)):
+        models[f"BN/{seed}"] = {}
+        for line, bits, size in (("float", 32, 32.0), ("k-means, channel", 4, 4.5), ("theirs", 4, 5.0)):
+            row = {"network": "BN", "network_seed": seed, "line": line, "bits": bits, "bits_per_weight": size}
+            row |= {"activation_bits": None, "target_bits_per_weight": None, "top1": 90.0 - 2 * size + more}
+            models[f"BN/{seed}"][f"{line}|{bits}"] = row
+    record = {"images": 1, "dataset": "D", "calibration_images": 2, "seed": 0, "models": models}
+    table = ptq.markdown(record)
     assert "trained with the seeds 0 and 1." in table
     assert table.rstrip().splitlines()[2:] == [
         "| BN, float 27.50 | 4 bit | stored |", "|---|---|---|",
@@ -45,9 +47,6 @@ def test_seeds_share_a_table_of_means(run_study):
     ]  # fmt: skip
 
 
-def test_committed_tables_are_made_from_the_committed_json(run_study):
-    script = "import json, ptq_study; print(json.dumps(ptq_study.markdown(json.load(open('%s')))))"
-    figures = ROOT / "model_cards" / "ptq_study.json"
-    done = run_study("-c", script % figures)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == figures.with_suffix(".md").read_text()
+def test_committed_tables_are_made_from_the_committed_json(recipes):
+    figures = recipes / "studies" / "results" / "ptq.json"
+    assert ptq.markdown(json.loads(figures.read_text())) == figures.with_suffix(".md").read_text()

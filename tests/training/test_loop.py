@@ -1,0 +1,105 @@
+"""The training loop on a tiny network: what it logs, saves, averages and refuses."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from repvgg_hf import RepVGGForImageClassification
+from repvgg_hf.training.checkpoints import find_state, load_state, save_state
+from repvgg_hf.training.loop import PhaseArguments, TimedLoader, loss_on_labels, optimizer_steps, predict, train_phase
+from repvgg_hf.training.pictures import collate
+
+
+@pytest.fixture
+def images() -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(12, 3, 8, 8, generator=generator)
+    return [{"pixel_values": picture, "labels": index % 5} for index, picture in enumerate(pictures)]
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+
+
+def train(accelerator, model, images, folder=None, **options):
+    loss_of = options.pop("loss_of", loss_on_labels)
+    args = PhaseArguments(per_device_train_batch_size=4, **options)
+    return train_phase(accelerator, model, (images, collate), "phase", 2, 0.01, folder, args, loss_of)
+
+
+def test_waiting_is_timed():
+    def slow():
+        for batch in range(3):
+            time.sleep(0.02)
+            yield batch
+
+    loader = TimedLoader(slow())
+    batches = []
+    for batch in loader:
+        time.sleep(0.05)  # not waiting for data
+        batches.append(batch)
+    assert batches == [0, 1, 2] and 0.06 <= loader.seconds < 0.15
+
+
+def test_steps_of_an_epoch():
+    args = PhaseArguments(gradient_accumulation_steps=3)
+    assert [optimizer_steps(batches, args) for batches in (1, 3, 4)] == [1, 1, 2]
+
+
+def test_a_seed_gives_the_same_weights_again(accelerator, images, tiny_config):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(train(accelerator, RepVGGForImageClassification(tiny_config(groups=1)), images))
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    torch.manual_seed(0)
+    before = RepVGGForImageClassification(tiny_config(groups=1))
+    assert not torch.equal(before.classifier.weight, models[0].classifier.weight)
+
+
+def test_the_average_is_what_remains(accelerator, images, tiny_config):
+    """With a decay of 1 that is the model as it began."""
+    model = RepVGGForImageClassification(tiny_config(groups=1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = train(accelerator, model, images, ema_decay=1.0).state_dict()
+    for name, tensor in before.items():
+        if name.endswith("num_batches_tracked"):
+            assert trained[name] == 6  # 2 epochs of 3 batches
+        else:
+            assert torch.equal(trained[name], tensor), name
+
+
+def test_not_finite_gradients_stop_before_the_step(accelerator, images, tiny_config):
+    model = RepVGGForImageClassification(tiny_config(groups=1))
+    before = model.classifier.weight.clone()
+    with pytest.raises(RuntimeError, match="NaN or infinite in optimizer step 1.* not saved"):
+        train(accelerator, model, images, loss_of=lambda model, batch: loss_on_labels(model, batch) * float("nan"))
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_state_is_complete_after_an_interruption(accelerator, tmp_path):
+    layer, settings = torch.nn.Linear(1, 1), {"quantization": {"bits": 2}}
+    prepared = accelerator.prepare(layer)
+    checkpoint = tmp_path / "checkpoint" / "qat"
+    save_state(accelerator, checkpoint, settings)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    checkpoint.rename(checkpoint.with_name("qat.old"))  # killed before the new one took its place
+    assert find_state(accelerator, checkpoint) and not find_state(accelerator, tmp_path / "none")
+    load_state(accelerator, checkpoint, settings, None)
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["qat"] and prepared is not None
+    with pytest.raises(ValueError, match=r"other quantization options \(bits=2, now 3\)"):
+        load_state(accelerator, checkpoint, {"quantization": {"bits": 3}}, None)
+
+
+def test_predictions_are_the_models(accelerator, images, tiny_config):
+    model = RepVGGForImageClassification(tiny_config(groups=1)).eval()
+    loader = accelerator.prepare(DataLoader(images, 5, collate_fn=collate))
+    expected = model(torch.stack([image["pixel_values"] for image in images])).logits.detach().numpy()
+    assert np.abs(predict(accelerator, model, loader) - expected).max() < 1e-5

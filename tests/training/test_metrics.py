@@ -1,0 +1,23 @@
+"""Accuracies against a count by hand and scikit-learn's."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.metrics import top_k_accuracy_score
+
+from repvgg_hf.training.metrics import accuracies, trainer_accuracies
+
+
+def test_against_scikit_learn():
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(200, 10)).astype("float32"), generator.integers(0, 10, 200)
+    found = accuracies(logits, labels)
+    for name, k in (("top1", 1), ("top5", 5)):
+        assert found[name] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=k, labels=np.arange(10)))
+    assert trainer_accuracies(SimpleNamespace(predictions=logits, label_ids=labels)) == found
+
+
+def test_equal_logits_and_few_classes():
+    logits = np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]], dtype="float32")
+    assert accuracies(logits, np.array([0, 2])) == {"top1": 50.0, "top5": 100.0}  # the lower class is the guess
