@@ -1,0 +1,26 @@
+"""The package without the libraries of its extras, and what importing it costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("core_alone.py")
+EXTRAS = ["accelerate", "datasets", "evaluate", "matplotlib", "rich", "scipy", "sklearn", "timm", "torchvision"]
+
+
+def output(*arguments: str) -> list[str]:
+    """The words that a new Python process prints."""
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_core_dependencies_are_enough():
+    """Build, fuse, save, load, quantize, train quantized and classify, where the extras can't be imported."""
+    assert output(str(SCRIPT), *EXTRAS) == ["float", "fused", "uniform", "cluster", "trained"]
+
+
+def test_import_loads_none_of_the_extras():
+    """Where they are installed, too: importing torchvision or datasets takes longer than all of this package."""
+    loaded = output("-c", "import sys, repvgg_hf; print(*{name.split('.')[0] for name in sys.modules})")
+    assert "repvgg_hf" in loaded and not set(EXTRAS) & set(loaded)
