@@ -9,6 +9,7 @@ from transformers.initialization import no_init_weights
 
 from ..runtime.configuration_repvgg import RepVGGConfig
 from ..runtime.modeling_repvgg import RepVGGForImageClassification
+from .timm_images import timm_image_processor, timm_label_names
 
 # a layer's parts, in timm's names and in ours
 _PARTS = {
@@ -55,13 +56,16 @@ def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
 
     The form is train form (with branches) or fused. Batch normalization is plain, as timm's is. To train further with
     outlier-aware batch normalization (OABN), which bounds what small branches add to the fused kernel, save the model
-    and load it with `from_pretrained(folder, oabn=True)`.
+    and load it with `from_pretrained(folder, oabn=True)`. The image processor that goes along (size, crop,
+    interpolation, mean and standard deviation of timm's `pretrained_cfg`) is saved with the model; the names of the
+    classes come over if timm has them.
 
     Args:
         timm_model (`nn.Module`): a model that `timm.create_model` made. It is not changed, and shares no tensor with
             the new one.
 
-    Raises `ValueError` for a model that is no RepVGG, or has another activation than ReLU.
+    Raises `ValueError` for a model that is no RepVGG, or that computes something else with these weights: another
+    activation than ReLU, other pooling than the mean, dilation. Dropout and stochastic depth are left out.
 
     Example:
     ```python
@@ -71,14 +75,43 @@ def from_timm(timm_model: nn.Module) -> RepVGGForImageClassification:
     >>> model = from_timm(timm.create_model("repvgg_a0", pretrained=True))
     ```"""
     state_dict = convert_timm_state_dict(timm_model.state_dict())
-    if not isinstance(timm_model.stem.act, nn.ReLU):
-        raise ValueError(
-            f"The activation is {type(timm_model.stem.act).__name__}: only models with ReLU are converted."
-        )
+    _check_function(timm_model)
     with no_init_weights():  # every weight is loaded
         model = RepVGGForImageClassification(_config_of(timm_model, state_dict))
     model.load_state_dict(state_dict)
+    model.image_processor_file = timm_image_processor(timm_model)
     return model.train(timm_model.training)
+
+
+def _check_function(timm_model: nn.Module) -> None:
+    """Raise `ValueError` naming the part of the model that the new one would compute otherwise."""
+    for block in (timm_model.stem, *(block for stage in timm_model.stages for block in stage)):
+        if type(block.act) is not nn.ReLU:
+            raise ValueError(f"The activation is {type(block.act).__name__}: only models with ReLU are converted.")
+        if not isinstance(block.attn, nn.Identity):
+            functions = [type(part).__name__ for part in (block.attn.act, block.attn.gate)]  # timm has a Sigmoid too
+            if functions != ["ReLU", "Sigmoid"]:
+                raise ValueError(
+                    f"The squeeze-and-excitation has {' and '.join(functions)}: only those with ReLU and Sigmoid are "
+                    "converted."
+                )
+    for name, module in timm_model.named_modules():
+        if isinstance(module, nn.Conv2d) and set(module.dilation) != {1}:
+            raise ValueError(
+                f"{name} has dilation {tuple(module.dilation)}, and the layers here have none: create the timm model "
+                "with output_stride=32."
+            )
+    kind = timm_model.head.global_pool.pool_type
+    if kind not in ("avg", "fast", "fastavg"):
+        raise ValueError(
+            f"The head has global_pool={kind!r}, and the classifier here takes the mean of the feature map: only "
+            "models with global_pool='avg' are converted."
+        )
+    if not isinstance(timm_model.head.fc, (nn.Linear, nn.Identity)):
+        raise ValueError(
+            f"The classifier is {type(timm_model.head.fc).__name__}: only models with nn.Linear, or none, are "
+            "converted."
+        )
 
 
 def _config_of(timm_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> RepVGGConfig:
@@ -95,6 +128,8 @@ def _config_of(timm_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Re
     ins = [kernel.shape[1] for stage in stages for kernel in stage]
     classifier = state_dict.get("classifier.weight")
     norms = [module for module in timm_model.modules() if isinstance(module, nn.BatchNorm2d)]
+    names = timm_label_names(timm_model)
+    labels = {} if names is None else {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     return RepVGGConfig(
         num_channels=stem.shape[1],
         stem_hidden_size=stem.shape[0],
@@ -109,6 +144,7 @@ def _config_of(timm_model: nn.Module, state_dict: dict[str, torch.Tensor]) -> Re
         oabn=False,
         deploy=deploy,
         num_labels=0 if classifier is None else classifier.shape[0],
+        **labels,
     )
 
 

@@ -132,14 +132,14 @@ class ScaledChannels:
 
     def best_integers(self, scale: torch.Tensor) -> torch.Tensor:
         """Find the integers `[groups, k]` with the least error for a given scale `[out]`."""
-        borders = torch.arange(2 * self.lowest_integer, 2 * INT8_MAX + 1, device=scale.device) / 2
+        borders = torch.arange(2 * self.lowest_integer, 2 * INT8_MAX + 1, dtype=scale.dtype, device=scale.device) / 2
         cuts = torch.searchsorted(self.channels.values, borders * scale[:, None], right=True)
         mass, first = (self.sum_groups(part) for part in self.entry_moments(self.channels.closed(cuts), scale))
         return best_integers(mass, first, self.lowest_integer, self.k)
 
     def search_scale(self, codebook: torch.Tensor, scale: torch.Tensor, factors: tuple[float, ...]) -> torch.Tensor:
         """Find the best of the scale's multiples by `factors`, each with its own codes, `[out]`."""
-        scales = scale[:, None] * torch.tensor(factors, device=scale.device)
+        scales = scale[:, None] * scale.new_tensor(factors)
         best = self.channels.errors(self.to_channels(codebook), scales).argmin(dim=1, keepdim=True)
         return scales.gather(1, best)[:, 0]
 

@@ -243,7 +243,7 @@ def _exact_bins(entries: torch.Tensor) -> FindCodes | None:
 
     if not shift.isfinite() or ((border_bins := bin_of(borders)).diff() == 0).any():
         return None
-    border = torch.full((1, size), float("inf"), device=entries.device)  # of each bin
+    border = entries.new_full((1, size), float("inf"))  # of each bin
     border.index_copy_(1, border_bins.long(), borders[None])
     has_border = (border < float("inf")).int()
     lower = has_border.cumsum(dim=1, dtype=torch.int32) - has_border  # how many borders are in lower bins

@@ -3,6 +3,10 @@
 On sorted values a cluster is an interval between two *cuts*, positions in the order. So dynamic programming finds the
 best clusters: first among some tens of candidate cuts, then with all cuts moving at once within ever narrower reach.
 Lloyd's iteration ends it.
+
+To be quick, the first search takes no cluster to be much wider than its share of the candidates. That holds for smooth
+distributions. Beside far outliers, with many equal values or with peaks, one cluster can be best for most of the
+candidates: groups that look so are searched again, more thoroughly.
 """
 
 import torch
@@ -12,14 +16,25 @@ from .grids import fit_grid, lloyd
 from .sorted_groups import CHUNK_VALUES, SortedGroups
 
 CANDIDATES_PER_CLUSTER = 6  # cuts to choose from at first, or one for so many values:
-VALUES_PER_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and also for a group alone, which can afford it
+VALUES_PER_CANDIDATE, MOST_CANDIDATES = 64, 512  # at most that, and always for few groups, which can afford it
+FEW_GROUPS = 8
 SPAN, LEAST_SPAN = 4, 32  # a cluster takes in at most that multiple of its share of these, or that many
 REFINEMENT = (0.3, 0.05)  # how far a cut can move, in widths of the intervals beside it
 MOVES = 6  # positions either way to choose from
 CHUNK_CANDIDATES = 12288  # of all groups at a time, which bounds the memory of the dynamic program to some MB
 
+# what asks for the thorough search:
+TIES, TIES_STEP = 1 / 32, 8  # that share of the values equal the next one, looked up for every 8th
+FAR = 20.0  # standard deviations between the least and the largest value, or the root of that share of few values,
+OUTLIER_SHARE, LEAST_FAR = 0.5, 100.0  # of which one cannot be so far off
+EXCESS = 6e-5  # share of the error, times k, that is saved if one cluster moves elsewhere
+# and that search, which tries intervals of any length
+THOROUGH_PER_CLUSTER, LEAST_THOROUGH = 12, 256  # candidates
+THOROUGH_REFINEMENT = (1.0, 0.3, 1.0, 0.3, 0.05)
+CHUNK_INTERVALS = 2**19
 
-def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
+
+def candidate_cuts(groups: SortedGroups, count: int, rounds: int = 2) -> torch.Tensor:
     """Choose ascending positions to cut the sorted values at, `[groups, count + 1]`.
 
     These are all positions if there are at most `count` values. Else they lie as densely as the entries of the best
@@ -29,14 +44,14 @@ def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
     number, n = groups.values.shape
     if n <= count:
         return torch.arange(n + 1, device=groups.values.device).expand(number, -1)
-    fractions = torch.arange(1, count, device=groups.values.device) / count
+    fractions = torch.arange(1, count, dtype=torch.float32, device=groups.values.device) / count
 
     def inner(mass, values):
         # (density^(1/3) * gap)^3, with mass / gap for the density, in units that suit float32
         mass = (mass[:, 2:] - mass[:, :-2]) / mass[:, -1:].clamp_min(1e-300)
         gap = values.diff(dim=1) / (values[:, -1:] - values[:, :1]).clamp_min(1e-37)
         steps = (mass.float() * gap.square_()).pow_(1 / 3)
-        for _ in range(2):
+        for _ in range(rounds):
             steps = torch.minimum(steps, steps.sum(dim=1, keepdim=True) / count)
         position = pad(steps.cumsum(dim=1, dtype=torch.float64), (1, 0))  # [groups, n]
         return torch.searchsorted(position, position[:, -1:] * fractions)
@@ -47,9 +62,29 @@ def candidate_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
     )
 
 
+def distinct_cuts(groups: SortedGroups, count: int) -> torch.Tensor:
+    """Choose [`candidate_cuts`] for values of which many are equal: every change of value, if there are fewer.
+
+    Values without mass are passed over. A group with fewer changes than another has its last cut several times.
+    """
+    n = groups.values.shape[1]
+    weighty = groups.mass.diff(dim=1) > 0
+    before = torch.where(weighty, groups.values, -float("inf")).cummax(dim=1).values
+    changes = weighty[:, 1:] & (groups.values[:, 1:] != before[:, :-1])
+    number = changes.sum(dim=1)
+    most = int(number.clamp_max(count - 1).max())
+    rank = torch.where(changes & (number < count)[:, None], changes.cumsum(dim=1) - 1, most).clamp_max(most)
+    inner = torch.full((len(rank), most + 1), n, device=rank.device)
+    inner.scatter_(1, rank, torch.arange(1, n, device=rank.device).expand(len(rank), -1))
+    exact = groups.closed(inner[:, :most])
+    if most < count - 1 or n <= count:
+        return exact
+    return torch.where((number < count)[:, None], exact, candidate_cuts(groups, count, rounds=4))
+
+
 def candidate_count(number: int, n: int, k: int) -> int:
     """Return of how many intervals of their `n` values the `k` clusters of `number` groups are made at first."""
-    if number == 1:
+    if number <= FEW_GROUPS:
         return MOST_CANDIDATES
     return min(max(CANDIDATES_PER_CLUSTER * k, n // VALUES_PER_CANDIDATE), MOST_CANDIDATES)
 
@@ -62,13 +97,18 @@ def _spread(mass: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     return first.square_().div_(mass.clamp_min_(1e-300))
 
 
-def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Tensor:
-    """Find the best `k` intervals between candidate `cuts` `[groups, m + 1]`, as cuts `[groups, k + 1]`.
+def usual_span(points: int, k: int) -> int:
+    """Return how many candidates the first search for `k` clusters among `points` cuts lets one of them take in."""
+    return min(points - 1, max(LEAST_SPAN, SPAN * -(-points // k)))
 
-    Only intervals of up to `SPAN` times the average number of candidates (or `LEAST_SPAN`) are tried.
+
+def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the best `k` intervals between candidate `cuts` `[groups, m + 1]`.
+
+    Only intervals of up to `span` candidates are tried. Returns cuts `[groups, k + 1]`, and the widths of the
+    intervals in candidates `[groups, k]`.
     """
     number, points = cuts.shape
-    span = min(points - 1, max(LEAST_SPAN, SPAN * -(-points // k)))
     # groups last: what is compared lies side by side in memory
     mass, first = (prefix.gather(1, cuts).T.contiguous() for prefix in (groups.mass, groups.first))  # [points, groups]
     # what lies between two neighboring candidates stays together: its own spread is left out
@@ -80,7 +120,7 @@ def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Te
     cost = second - before(second)
     cost -= _spread(mass - before(mass), first - before(first))
     cost = cost.clamp_min_(0).float()
-    best = [torch.full((points, number), float("inf"), device=cuts.device)]  # of no interval, one, ...
+    best = [torch.full_like(cost[0], float("inf"))]  # of no interval, one, ...
     best[0][0] = 0
     for _ in range(k):
         best.append((before(best[-1], float("inf")) + cost).amin(dim=0))
@@ -92,7 +132,8 @@ def best_intervals(groups: SortedGroups, cuts: torch.Tensor, k: int) -> torch.Te
         total = before(previous, float("inf")).gather(1, at_position) + cost.gather(1, at_position)
         position = position - span + total[:, 0].argmin(dim=0, keepdim=True)
         path.append(position)
-    return cuts.gather(1, torch.cat(path[::-1]).T)
+    path = torch.cat(path[::-1]).T
+    return cuts.gather(1, path), path.diff(dim=1)
 
 
 def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tensor:
@@ -103,7 +144,7 @@ def refine(groups: SortedGroups, cuts: torch.Tensor, reach: float) -> torch.Tens
     """
     k = cuts.shape[1] - 1
     gaps = cuts.diff(dim=1)
-    stride = (torch.minimum(gaps[:, 1:], gaps[:, :-1]) * (reach / MOVES)).round().long().clamp_min(1)
+    stride = (torch.minimum(gaps[:, 1:], gaps[:, :-1]).float() * (reach / MOVES)).round().long().clamp_min(1)
     offsets = torch.arange(-MOVES, MOVES + 1, device=cuts.device)
     half = gaps[:, :, None] // 2  # two cuts never pass each other
     inner = cuts[:, 1:-1, None] + (stride[:, :, None] * offsets).clamp(-half[:, :-1], half[:, 1:])
@@ -148,19 +189,85 @@ def distinct_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
     return codebook[:, :k]
 
 
+def lumpy(groups: SortedGroups) -> torch.Tensor:
+    """Tell which groups have many equal values or far outliers, bool `[groups]`."""
+    some = slice(None, -1, TIES_STEP)
+    equal = groups.values[:, some] == groups.values[:, 1::TIES_STEP]
+    equal &= groups.mass[:, 1:][:, some] < groups.mass[:, 2::TIES_STEP]  # an empty bin repeats the one before it
+    total, sum_of_all = groups.mass[:, -1].clamp_min(1e-300), groups.first[:, -1]
+    spread = groups.second - sum_of_all.square() / total
+    reach = groups.values[:, -1].double() - groups.values[:, 0]
+    far = min(FAR**2, max(OUTLIER_SHARE * groups.values.shape[1], LEAST_FAR))
+    return (equal.sum(dim=1) > TIES * equal.shape[1]) | (reach.square() * total > far * spread)
+
+
+def _joining(mass: torch.Tensor, first: torch.Tensor, other_mass: torch.Tensor, other_first: torch.Tensor):
+    """Return by how much the error grows when two intervals with these moments share one entry."""
+    distance = first / mass.clamp_min(1e-300) - other_first / other_mass.clamp_min(1e-300)
+    return distance.square() * mass * other_mass / (mass + other_mass).clamp_min(1e-300)
+
+
+def uneven(groups: SortedGroups, codebook: torch.Tensor) -> torch.Tensor:
+    """Tell where halving one cluster would gain clearly more than merging two neighbors would cost, bool `[groups]`.
+
+    Then `codebook` `[groups, k]` is far from the best. Of evenly spread values it gains an eighth of that.
+    """
+    inside = torch.searchsorted(groups.values, codebook, right=True)
+    parts = torch.cat([groups.cuts(codebook), inside], dim=1).sort(dim=1).values
+    mass, first = groups.moments(parts)
+    gain = _joining(mass[:, ::2], first[:, ::2], mass[:, 1::2], first[:, 1::2])
+    mass, first = mass[:, ::2] + mass[:, 1::2], first[:, ::2] + first[:, 1::2]
+    loss = _joining(mass[:, 1:], first[:, 1:], mass[:, :-1], first[:, :-1])
+    error = groups.second - _spread(mass, first).sum(dim=1)
+    return gain.amax(dim=1) - loss.amin(dim=1) > EXCESS * codebook.shape[1] * error.clamp_min(0)
+
+
+def thorough_codebook(groups: SortedGroups, k: int) -> torch.Tensor:
+    """Cluster groups of any distribution: slower than the first search, which knows what is usual; `[groups, k]`."""
+    count = MOST_CANDIDATES
+    if len(groups.values) > 1:
+        count = min(max(THOROUGH_PER_CLUSTER * k, LEAST_THOROUGH), MOST_CANDIDATES)
+    codebooks = []
+    for part in groups.split(max(1, CHUNK_INTERVALS // count**2)):
+        candidates = distinct_cuts(part, count)
+        cuts, _ = best_intervals(part, candidates, k, candidates.shape[1] - 1)
+        for reach in THOROUGH_REFINEMENT:
+            cuts = refine(part, cuts, reach)
+        codebooks.append(settled(part, cuts))
+    return torch.cat(codebooks)
+
+
+def settled(groups: SortedGroups, cuts: torch.Tensor) -> torch.Tensor:
+    """Run Lloyd's iteration from `cuts` `[groups, k + 1]`, and return the codebooks `[groups, k]`."""
+    start = groups.values.gather(1, cuts[:, :-1].clamp_max(groups.values.shape[1] - 1))  # of intervals without mass
+    return lloyd(groups, groups.means(cuts, start).sort(dim=1).values, torch.float32)
+
+
 def optimal_codebook(groups: SortedGroups, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Cluster all groups at once; see [`kmeans_1d`], which hands over as many as suit the memory."""
     n = groups.values.shape[1]
     few = few_distinct(groups.values, k)
     if few.all():
         return distinct_codebook(groups, k).to(dtype).float()
-    cuts = best_intervals(groups, candidate_cuts(groups, candidate_count(*groups.values.shape, k)), k)
+    candidates = candidate_cuts(groups, candidate_count(*groups.values.shape, k))
+    span = usual_span(candidates.shape[1], k)
+    cuts, widths = best_intervals(groups, candidates, k, span)
+    limited = span < candidates.shape[1] - 1
     for reach in REFINEMENT:
         cuts = refine(groups, cuts, reach)
         if reach * n < 2 * MOVES * k:  # as a rule, every position was tried
             break
-    start = groups.values.gather(1, cuts[:, :-1].clamp_max(n - 1))  # of intervals without mass
-    codebook = lloyd(groups, groups.means(cuts, start).sort(dim=1).values, torch.float32)
+    codebook = settled(groups, cuts)
+    if n > LEAST_SPAN:
+        doubtful = lumpy(groups)
+        if limited:
+            doubtful |= uneven(groups, codebook) | (2 * widths.amax(dim=1) > span)
+        if (doubtful & ~few).any():
+            again = (doubtful & ~few).nonzero()[:, 0]
+            part = groups.rows(again).from_median()
+            other = thorough_codebook(part, k)
+            better = part.error(other) < part.error(codebook[again])
+            codebook[again] = torch.where(better[:, None], other, codebook[again])
     if dtype != torch.float32:
         codebook = fit_grid(groups, codebook, dtype)
     if few.any():
@@ -183,9 +290,14 @@ def kmeans_1d(
         dtype: the one that will store the codebook: its entries are numbers of that dtype, optimized as such.
 
     Returns the clusters' means, ascending codebooks `[groups, k]`, float32. A group with at most `k` distinct values
-    gets exactly these, the last one repeated. The result does not depend on the order of the values. The error is
-    within 1.0002 of the optimum on large groups and on the average of many small ones, as
-    tests/compression/codebooks/test_kmeans.py measures it.
+    gets exactly these, the last one repeated. The result does not depend on the order of the values.
+
+    The error is found to be within 1.001 of the optimum for up to 64 clusters of up to 8 groups, also with outliers,
+    peaks, many equal or pruned values and weights; on smooth distributions mostly within 1.0002. It is within 1.025 for
+    256 clusters. Of more groups, each gets fewer candidates: within 1.02, and 1.003 on average. This is measured by
+    tests/compression/codebooks/test_kmeans.py and test_kmeans_hard.py. Values should span less than 1e6 times the
+    spread within a cluster, as sums are in float64, and be from 1e-15 to 1e15 in size, as errors are compared in
+    float32.
 
     Example:
     ```python

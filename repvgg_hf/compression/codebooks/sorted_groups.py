@@ -44,6 +44,31 @@ class SortedGroups:
             points = _sorted(values, weights, self.center)
         self.values, self.mass, self.first, self.second = points
 
+    def rows(self, index: torch.Tensor | slice) -> "SortedGroups":
+        """Return some of the groups, by their indices."""
+        part = object.__new__(SortedGroups)
+        for name in ("values", "mass", "first", "second", "center"):
+            setattr(part, name, getattr(self, name)[index])
+        return part
+
+    def split(self, size: int) -> list["SortedGroups"]:
+        """Return the groups in parts of at most `size`."""
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self.values), size)]
+
+    def from_median(self) -> "SortedGroups":
+        """Return the same groups with sums that start at the median value and are about it.
+
+        Then the differences between sums in the bulk of the values keep their digits beside far outliers.
+        """
+        part = self.rows(slice(None))
+        middle = self.values.shape[1] // 2
+        part.center = self.values[:, middle : middle + 1].double()
+        moments = (self.values - part.center) * self.mass.diff(dim=1)
+        below = moments[:, :middle].flip(1).cumsum(dim=1).flip(1).neg()
+        part.first = torch.cat([below, pad(moments[:, middle:].cumsum(dim=1), (1, 0))], dim=1)
+        part.second = (moments * (self.values - part.center)).sum(dim=1)
+        return part
+
     def cuts(self, codebook: torch.Tensor) -> torch.Tensor:
         """Return the cuts `[groups, k + 1]` between what is nearest to each entry of an ascending `codebook`."""
         middles = (codebook[:, 1:] + codebook[:, :-1]) / 2

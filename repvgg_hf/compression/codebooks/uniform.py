@@ -63,7 +63,7 @@ def fit_uniform(
 def symmetric_integers(k: int, device: torch.device | None = None) -> torch.Tensor:
     """Return the integers of a symmetric codebook, `-k/2 .. k/2 - 1`, but -1 and 1 for `k = 2`; float32 `[k]`."""
     if k == 2:
-        return torch.tensor([-1.0, 1.0], device=device)
+        return torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
     return torch.arange(-(k // 2), k // 2, dtype=torch.float32, device=device)
 
 
@@ -100,7 +100,7 @@ def best_range(
     best = whole  # [sets, candidates]
     for factors, count in zip(ENDS if affine else STEPS, SURVIVORS):
         stretched = _stretched_ends if affine else _stretched_steps
-        candidates = stretched(sets, best, integers, torch.tensor(factors, device=values.device))
+        candidates = stretched(sets, best, integers, values.new_tensor(factors))
         best = _best(sets, candidates, integers, count)
         for _ in range(LEAST_SQUARES_STEPS):
             best = _least_squares(sets, best, integers, affine)

@@ -8,6 +8,7 @@ from ...runtime.cluster_layers import CODEBOOK_DTYPES
 from ...runtime.quantization_cluster import ClusterConfig
 from .codes import decode, encode, from_rows, to_rows
 
+SMALLEST = 1e-15  # of the largest magnitude, if not all is zero: the squares of smaller ones vanish in float32
 UNIMPORTANT = 1e-6  # of a channel without importance beside others: it gets a scale all the same
 
 
@@ -44,7 +45,8 @@ def quantize_weight(
         importance: of each weight, `[out, ...]` or `[1, ...]`, finite and not negative; `None` for equal importance,
             which also a group has in which nothing is important.
 
-    Raises `ValueError` if an entry of the codebook does not fit its dtype, or if the importance is not as said.
+    Raises `ValueError` if the codebook's dtype or the scale can't represent weights so large or small, or if the
+    importance is not as said.
 
     Example:
     ```python
@@ -57,6 +59,12 @@ def quantize_weight(
     (torch.Size([16, 8, 3, 3]), torch.Size([1, 16]), torch.Size([16]))
     ```"""
     weight = weight.detach().float()
+    largest = weight.abs().max().item()
+    if 0 < largest < SMALLEST:
+        raise ValueError(
+            f"its weights are at most {largest:.3g}, and squares of less than {SMALLEST:.0e} vanish in float32: set "
+            "such weights to zero, or name the layer in modules_to_not_convert."
+        )
     rows = _rows_in_memory(weight)
     if importance is not None:
         importance = _importance_of_rows(importance, weight, groups)
@@ -64,8 +72,13 @@ def quantize_weight(
     stored = codebook.to(CODEBOOK_DTYPES[config.codebook_dtype])
     if not stored.isfinite().all():
         raise ValueError(
-            f"weights of up to {weight.abs().max().item():.3g} need a codebook entry that does not fit "
+            f"weights of up to {largest:.3g} need a codebook entry that does not fit "
             f"{config.codebook_dtype}: set channel_scale=True or codebook_dtype='float32'."
+        )
+    if stored.dtype == torch.float16 and scale is None and 0 < largest < torch.finfo(torch.float16).tiny:
+        raise ValueError(
+            f"its weights are at most {largest:.3g}, and float16 keeps few or no digits of numbers below "
+            f"{torch.finfo(torch.float16).tiny:.2g}: set channel_scale=True or codebook_dtype='float32'."
         )
     codes = encode(rows, stored.float(), scale)
     codes = codes.view(weight.shape) if weight.is_contiguous() else from_rows(codes, weight.shape).contiguous()

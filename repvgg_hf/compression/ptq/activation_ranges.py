@@ -80,7 +80,7 @@ class RangeObserver:
         if self.min > self.max:
             raise ValueError("No values were observed: call update() with a layer's inputs first.")
         if self.min == self.max == 0:
-            return torch.tensor(1 / (2**bits - 1)).item(), 0
+            return torch.tensor(1 / (2**bits - 1), dtype=torch.float32).item(), 0
         if method == "minmax":
             scale, zero_point = _affine(*torch.tensor([self.min, self.max], dtype=torch.float64), bits)
         else:
@@ -90,7 +90,7 @@ class RangeObserver:
     def _least_squared_error(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Search the range of least squared error among those whose ends are fractions of the minimum and maximum."""
         occupied = self.counts > 0
-        centers = ((self.first + torch.arange(len(self.counts)))[occupied] + 0.5).double() * 2.0**self.exponent
+        centers = ((self.first + torch.arange(len(self.counts)))[occupied].float() + 0.5).double() * 2.0**self.exponent
         counts = self.counts[occupied].double()
         low, high = torch.tensor([min(self.min, 0), max(self.max, 0)], dtype=torch.float64)
         # fractions of the extremes that are tried for the ends of the range, then around the best

@@ -20,7 +20,15 @@ def check_chain(model: nn.Module, blocks: dict[str, nn.Module], images: torch.Te
     """Raise `ValueError` if running the `blocks` one after the other on `images` is not what `model` does."""
     outputs = model(images)
     outputs = outputs.logits if "logits" in outputs else outputs[0][-1] if "feature_maps" in outputs else outputs[0]
-    if not torch.allclose(run_blocks(blocks.values(), images), outputs, rtol=1e-3, atol=1e-4):
+    if not outputs.isfinite().all():
+        raise ValueError(
+            f"{type(model).__name__} puts out NaN or infinite values for the first calibration images: look for "
+            "extreme values in its weights and batch norms, and train or load it again."
+        )
+    found = run_blocks(blocks.values(), images)
+    if found.dim() == 4 and outputs.dim() == 2:  # without a classifier the logits are the means of the last feature map
+        found = found.mean(dim=(2, 3))
+    if not torch.allclose(found, outputs, rtol=1e-3, atol=1e-4 * max(1.0, outputs.abs().max().item())):
         raise ValueError(
             f"{type(model).__name__} is no plain chain of blocks, which calibration needs: quantize it without "
             "calibration data."

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ...runtime.cluster_layers import fake_quantize
 from ...runtime.quantization_cluster import ClusterConfig
-from ..layers import QuantizedLayer, quantize_layer
+from ..layers import QuantizedLayer, quantize_layer, require_finite
 from .activation_ranges import RangeObserver
 from .activation_store import ActivationStore
 from .blocks import check_chain, quantizable
@@ -33,8 +33,11 @@ def calibrate(
     `ValueError` naming the layer if its inputs are all zero.
     """
     float_blocks = model.calibration_blocks()
+    layers = [layer for block in float_blocks.items() for layer in quantizable(*block) if config.converts(layer[0])]
+    for name, layer in layers:
+        require_finite(name, layer)
     check_chain(model, float_blocks, data.batches[0][:2])
-    names = [name for block in float_blocks.items() for name, _ in quantizable(*block) if config.converts(name)]
+    names = [name for name, _ in layers]
     if options.target_bits_per_weight is not None:
         config = choose_bits(float_blocks, data, config, options.target_bits_per_weight)
     fisher = diagonal_fisher(model, data, names) if options.sensitivity == "fisher" else {}
@@ -70,6 +73,11 @@ def calibrate_layer(
     """Quantize `layer` of the quantized network, and make it compute with the result."""
     weight = float_layer.weight
     quantized = quantize_layer(name, float_layer, config, fisher)
+    if not statistics.moments.isfinite().all():
+        raise ValueError(
+            f"The inputs of {name!r} are NaN, infinite or so large that their squares overflow float32: look for "
+            "extreme values in the layers before it and in the images."
+        )
     if options.error_compensation:
         if not statistics.moments.any():
             raise ValueError(
@@ -91,5 +99,6 @@ def calibrate_layer(
 def quantize_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
     """Make `layer` compute with its input rounded to `bits`, as a `ClusterLayer` will."""
     device = layer.weight.device
-    scale, zero_point = torch.tensor(scale, device=device), torch.tensor(zero_point, dtype=torch.uint8, device=device)
+    scale = torch.tensor(scale, dtype=torch.float32, device=device)
+    zero_point = torch.tensor(zero_point, dtype=torch.uint8, device=device)
     layer.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0], scale, zero_point, bits), *args[1:]))

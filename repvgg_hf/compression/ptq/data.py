@@ -10,11 +10,12 @@ class CalibrationData:
 
     Args:
         data: a `DataLoader` or another iterable of batches (a mapping with `pixel_values` and perhaps `labels`, or a
-            tensor `[batch, channels, height, width]`), or a dataset of single examples of that kind.
+            tensor `[batch, channels, height, width]`), or a dataset of single examples of that kind. Any float dtype
+            will do: the images become float32, as the model is for calibration.
         batch_size (`int`, defaults to 64): images per batch, when `data` holds single examples.
         device (`torch.device` or `str`, defaults to `"cpu"`): where to put them.
 
-    Raises `ValueError` for no images, NaN or infinite values, or images of several sizes.
+    Raises `ValueError` for no images, integer ones, NaN or infinite values, or images of several sizes.
     """
 
     def __init__(self, data, batch_size: int = 64, device: torch.device | str = "cpu"):
@@ -23,18 +24,27 @@ class CalibrationData:
         for images, labels in _batches(data, batch_size):
             if len(images) == 0:
                 continue
-            self._check(images, len(self.batches))
-            self.batches.append(images.to(device).contiguous(memory_format=torch.channels_last))
+            self._check_kind(images, len(self.batches))
+            images = images.to(device, torch.float32)
+            self._check_values(images, len(self.batches))
+            self.batches.append(images.contiguous(memory_format=torch.channels_last))
             self.labels.append(None if labels is None else labels.to(device))
         if not self.batches:
             raise ValueError("The calibration data is empty: pass a few hundred images (no labels are needed).")
 
-    def _check(self, images: torch.Tensor, index: int) -> None:
-        if images.dim() != 4 or not images.is_floating_point():
+    def _check_kind(self, images: torch.Tensor, index: int) -> None:
+        if images.dim() == 4 and not images.is_floating_point():
+            raise ValueError(
+                f"Calibration batch {index} is {images.dtype} {list(images.shape)}, pixels that are not normalized: "
+                "pass them through the image processor, which gives floating pixel_values as the model takes them."
+            )
+        if images.dim() != 4:
             raise ValueError(
                 f"Calibration batch {index} is {images.dtype} {list(images.shape)}, expected floating [batch, "
                 "channels, height, width]: pass batches from the image processor (pixel_values)."
             )
+
+    def _check_values(self, images: torch.Tensor, index: int) -> None:
         if not images.isfinite().all():
             raise ValueError(f"Calibration batch {index} has NaN or infinite values: check how the images are read.")
         if self.batches and images.shape[1:] != self.batches[0].shape[1:]:

@@ -175,7 +175,7 @@ def fit_codebook(problem: LayerProblem, weight: QuantizedWeight) -> torch.Tensor
     out = weight.codes.shape[0]
     group = torch.arange(out, device=weight.codes.device) * groups // out
     index = (weight.codes.reshape(out, -1).long() + group[:, None] * k).view(-1)
-    scale = torch.ones(out, device=weight.codes.device) if weight.scale is None else weight.scale
+    scale = weight.codebook.new_ones(out, dtype=torch.float32) if weight.scale is None else weight.scale
 
     def values_of(codebook):
         return problem.rows(decode(weight.codes, codebook, scale))
