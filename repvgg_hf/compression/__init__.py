@@ -10,7 +10,7 @@ from .ptq.config import CalibrationConfig
 from .qat.callback import QATCallback, update_codebooks
 from .qat.config import QATConfig
 from .qat.distillation import Distillation
-from .qat.prepare import restore_qat
+from .qat.prepare import restore_qat, settle_qat
 
 __all__ = [
     "CalibrationConfig",
@@ -20,5 +20,6 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "restore_qat",
+    "settle_qat",
     "update_codebooks",
 ]

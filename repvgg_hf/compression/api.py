@@ -9,8 +9,8 @@ import dataclasses
 import torch
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging
 
+from ..runtime.logs import get_logger
 from ..runtime.options import unknown_option
 from ..runtime.quantization_cluster import ClusterConfig, QuantizationOptions
 from ..runtime.quantization_methods import METHODS
@@ -22,7 +22,7 @@ from .ptq.input_ranges import observe_input_ranges
 from .qat.config import QATConfig
 from .qat.prepare import add_quantizers, described, fake_quantizers, remove_fake_quantizers, trained_input_ranges
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
+from ..runtime.logs import get_logger
 from ..runtime.quantization_cluster import ClusterConfig
 from .codebooks.weights import QuantizedWeight, quantize_weight
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
+
+LARGEST = 1e15  # magnitude of a weight that is quantized: sums of the squares of larger ones overflow float32
 
 
 @dataclass
@@ -44,10 +46,16 @@ def fused_layers(model) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
 
 
 def require_finite(name: str, layer: nn.Module) -> None:
-    """Raise `ValueError` naming the layer if its weight has NaN or infinite entries."""
+    """Raise `ValueError` naming the layer if its weight has NaN or infinite entries, or ones beyond [`LARGEST`]."""
     count = (~layer.weight.isfinite()).sum().item()
     if count:
         raise ValueError(f"The weight of {name!r} has {count} NaN or infinite entries: train or load the model again.")
+    largest = layer.weight.abs().max().item()
+    if largest > LARGEST:
+        raise ValueError(
+            f"The weight of {name!r} has entries of up to {largest:.3g}; sums of squares of more than {LARGEST:.0e} "
+            "overflow float32: train or load the model again, or name the layer in modules_to_not_convert."
+        )
 
 
 def quantize_layer(

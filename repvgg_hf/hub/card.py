@@ -8,14 +8,16 @@ import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub.utils import yaml_dump
 
 from ..runtime.configuration_repvgg import RepVGGConfig
 from ..runtime.quantization_cluster import ClusterConfig
 from .complexity import measure_complexity
 from .drawing import figure_paths
+from .names import check_license, check_ref, check_repo_id
 from .results import ModelResult, Results, build, check, read_json
 from .tables import (
     cell,
@@ -78,6 +80,8 @@ class ModelCard:
     def __post_init__(self):
         check(self, "card")
         check_repo_id(self.repo_id)
+        check_ref(self.revision, "card.revision")
+        check_license(self.license)
         if self.results is not None and not self.results.select(self.published):
             names = ", ".join(dict.fromkeys(result.model for result in self.results.models))
             raise ValueError(f"card.published is {self.published!r}, but results.models has only {names}: name one.")
@@ -156,7 +160,7 @@ class ModelCard:
 
     def usage(self) -> str:
         """Return the section that shows how to load the model."""
-        revision = f', revision="{self.revision}"' if self.revision else ""
+        revision = f", revision={json.dumps(self.revision, ensure_ascii=False)}" if self.revision else ""
         code = (
             "from transformers import pipeline\n\n"
             f'name = "{self.repo_id}"\n'
@@ -190,7 +194,7 @@ class ModelCard:
         parts = [f"## Results\n\nOn {dataset}; accuracy in percent. The published weights are in bold."]
         parts.append(models_table(results.models, self.published))
         parts.append(methods_table(results.models))
-        plots = {path: f"![{cell(text)}]({path})\n\n*{cell(text)}*" for path, text in (self.plots or {}).items()}
+        plots = {path: f"![{cell(text)}]({quote(path)})\n\n*{cell(text)}*" for path, text in (self.plots or {}).items()}
         about_kernels = plots.pop(figure_paths(results, self.repo_id).get("kernels"), "")
         parts += [*plots.values(), kernels_table(results.kernels_before, results.kernels_after), about_kernels]
         parts.append(latency_table(results.latency))
@@ -300,18 +304,6 @@ def mean_of(rows: list[ModelResult], key: str) -> float | None:
     """Return the mean over seeds, rounded to the digits that the card shows; `None` if a seed lacks the figure."""
     values = [getattr(row, key) for row in rows]
     return None if None in values else round(sum(values) / len(values), 2)
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise `ValueError` unless `repo_id` is `namespace/name` with characters that the Hub allows."""
-    try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(f"repo_id {repo_id!r} can't be one: {error} Give 'namespace/name'.") from error
-    if repo_id.count("/") != 1:
-        raise ValueError(
-            f"repo_id must be 'namespace/name', got {repo_id!r}: put your user name or organization first."
-        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from ..analysis import checkpoint_bytes
 from ..runtime.checkpoints import weight_files, weights_checksum
 from ..runtime.configuration_repvgg import RepVGGConfig
-from .card import ModelCard, check_repo_id, write_text
+from .card import ModelCard, write_text
 from .drawing import draw_figures
+from .names import check_license, check_ref, check_repo_id
 from .results import FLOAT, Results
 from .runtime_files import auto_map, runtime_files
 
@@ -43,6 +44,8 @@ def write_folder(
     already, and what `publish` raises before it sends anything.
     """
     check_repo_id(repo_id)
+    check_ref(revision, "revision")
+    check_license(license)
     check_model(model)
     image_size = processor_image_size(processor)
     with complete_folder(folder) as target:
@@ -50,7 +53,7 @@ def write_folder(
         processor.save_pretrained(target)
         config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": auto_map()}
         if "quantization_config" not in config:  # which has a checksum of its own
-            config["weights_checksum"] = weights_checksum(weight_files(target))
+            config["weights_checksum"] = weights_checksum(weight_files(target), model.config)
         write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         for path in runtime_files():
             shutil.copyfile(path, target / path.name)

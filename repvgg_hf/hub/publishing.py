@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from .card import check_repo_id
 from .folder import complete_folder, write_folder
+from .names import check_license, check_ref, check_repo_id
 from .results import Results
 from .upload import Published, repeat, upload
 
@@ -69,6 +69,8 @@ def publish(
     check_dry_run(dry_run, folder)
     if create_pr and (revision or tag):
         raise ValueError("create_pr proposes a change of main: leave out revision and tag.")
+    check_ref(revision, "revision")
+    check_ref(tag, "tag")
     options = {"processor": processor, "published": published, "revision": revision, "plots": plots}
     options |= {"draw_plots": draw_plots, "license": license}
     with tempfile.TemporaryDirectory() as temporary:
@@ -123,8 +125,10 @@ def publish_family(
     places = {name: (repo_id, name) if as_revisions else (f"{repo_id}-{name}", None) for name in models}
     if as_revisions:
         places["main"] = (repo_id, None)
-    for repo, _ in places.values():  # before any work
+    for repo, revision in places.values():  # before any work
         check_repo_id(repo)
+        check_ref(revision, "the branch of the model")
+    check_license(license)
     options = {"processor": processor, "plots": plots, "draw_plots": draw_plots, "license": license}
     first, published = next(iter(models)), published or {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -38,12 +38,15 @@ def qat_models(record: dict, where: str = "qat_results") -> list[dict]:
 
 def benchmark_latency(record: dict, where: str = "benchmark") -> list[dict]:
     """The medians in a file that `recipes/benchmarks inference` wrote, as fields of [`LatencyResult`]."""
-    if record.get("benchmark") != "inference":
+    if record.get("benchmark") != "inference" or not isinstance(record.get("runs"), list):
         raise ValueError(
             f"{where}.benchmark is {record.get('benchmark')!r}: give a file that `python -m "
             "repvgg_hf.recipes.benchmarks inference` wrote."
         )
-    engine = "PyTorch " + record["versions"]["torch"].split("+")[0]
+    _require(record, {"versions": dict, "cpu": str, "threads": int, "device": str}, where)
+    for index, run in enumerate(record["runs"]):
+        _require(run, {"setting": str, "medians": dict}, f"{where}.runs[{index}]")
+    engine = "PyTorch " + str(record["versions"].get("torch")).split("+")[0]
     cpu = f"CPU ({record['cpu']}), {record['threads']} threads"
     device = cpu if record["device"] == "cpu" else record["device"]
     return [
@@ -53,11 +56,29 @@ def benchmark_latency(record: dict, where: str = "benchmark") -> list[dict]:
     ]
 
 
+def command_of(record: dict, where: str) -> list[str]:
+    """Return the command line that wrote a recipe's file."""
+    _require(record, {"command": list}, where)
+    return list(map(str, record["command"]))
+
+
+def _require(record, kinds: dict[str, type], where: str) -> None:
+    """Raise `ValueError` unless a `record`, which is called `where`, has fields of these `kinds`."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {record!r:.80}, not an object: give a file that this version's recipe wrote.")
+    for name, kind in kinds.items():
+        if name not in record:
+            raise ValueError(f"{where} lacks {name!r}: give a file that this version's recipe wrote.")
+        if not isinstance(record[name], kind):
+            raise ValueError(
+                f"{where}.{name} must be a {kind.__name__}, got {record[name]!r:.80}: give a file that this version's "
+                "recipe wrote."
+            )
+
+
 def _quantization(row: dict, where: str) -> dict:
     """The fields of [`ModelResult`] that say how the model of a row is quantized."""
-    for name in (*_QUANTIZATION, "stage"):
-        if name not in row:
-            raise ValueError(f"{where} lacks {name!r}: give a file that this version's recipe wrote.")
+    _require(row, dict.fromkeys(_QUANTIZATION, object) | {"stage": str}, where)
     return {name: row[name] for name in _QUANTIZATION if row[name] is not None}
 
 
@@ -69,7 +90,10 @@ def _rows(record: dict, where: str) -> list[tuple[str, dict]]:
     """(where it is, row) of all results."""
     if not isinstance(record.get("results"), list):
         raise ValueError(f"{where} lacks the list 'results': give the JSON file that the recipe wrote.")
-    return [(f"{where}.results[{index}]", row) for index, row in enumerate(record["results"])]
+    rows = [(f"{where}.results[{index}]", row) for index, row in enumerate(record["results"])]
+    for place, row in rows:
+        _require(row, {}, place)
+    return rows
 
 
 def merge_models(rows: list[dict]) -> list[dict]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import types
 import unicodedata
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -12,6 +13,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 from ..runtime.quantization_methods import METHODS
 
 FLOAT = "float"  # the method of a row whose weights are not quantized
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # of the Hub
 GRANULARITIES = {"per_tensor": "per tensor", "per_channel": "per channel", "per_group": "per group"}
 
 
@@ -319,7 +321,12 @@ def check_value(value, hint, where: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise `ValueError` for characters that neither YAML nor UTF-8 can hold."""
+    """Raise `ValueError` for characters that neither YAML nor UTF-8 can hold, and for an access token."""
+    if (secret := _TOKEN.search(text)) is not None:
+        raise ValueError(
+            f"{where} has what looks like an access token, {secret[0][:6]}..., and would be published: remove it, and "
+            "revoke the token if others may have seen it."
+        )
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
             raise ValueError(

@@ -11,7 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import sha
 
 from ..runtime.configuration_repvgg import RepVGGConfig
-from .card import check_repo_id
+from ..runtime.saving import PREFIX
+from .names import check_ref, check_repo_id
 
 ATTEMPTS = 5  # of a commit, when the Hub or the network fails for the moment
 TRANSIENT = (429, 500, 502, 503, 504)
@@ -55,6 +56,8 @@ def upload(
     The other arguments, and what is raised, are those of [`~repvgg_hf.hub.publish`].
     """
     check_repo_id(repo_id)
+    check_ref(revision, "revision")
+    check_ref(tag, "tag")
     api, branch = HfApi(token=token), revision or "main"
     commit = None
     try:
@@ -132,7 +135,7 @@ def changes(api: HfApi, folder: Path, repo_id: str, revision: str) -> list:
             remote[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
     operations, local = [], {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     for name, path in local.items():
-        if path.is_file():
+        if path.is_file() and not name.startswith(PREFIX):  # else of an interrupted save
             content = path.read_bytes()
             if remote.get(name) not in (sha.git_hash(content), sha.sha_fileobj(path.open("rb")).hex()):
                 operations.append(CommitOperationAdd(name, path))

@@ -1,21 +1,22 @@
-"""The files of a checkpoint: which they are, what is checked around loading, their checksum, and how they are replaced.
+"""The files of a checkpoint: which they are, what is checked around loading, and their checksum.
 
-The checksum guards against damage: a truncated or mixed-up download. It is no protection from an adversary, who could
-write another one.
+The checksum is over the name, dtype, shape and bytes of every tensor, and over the fields of the configuration that
+change what the model computes. It guards against damage: a truncated or mixed-up download, a flipped bit, a slip in an
+editor. It is no protection from an adversary, who could write another one.
 """
 
 import json
 import mmap
 import os
-import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from .cluster_layers import ClusterLayer
 
@@ -24,6 +25,10 @@ _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# of quantization_config: neither when weights are decoded nor the checksum itself changes what a model computes
+_NOT_COVERED = ("decode", "checksum")
 
 
 def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
@@ -99,32 +104,77 @@ def read_tensors(files: list[str]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def checksum(crcs: dict[str, int]) -> str:
-    """Return a CRC-32 over tensors' names and the CRC-32 of their bytes, whatever their order and files are."""
-    lines = [f"{name} {crc:08x}" for name, crc in crcs.items()]
-    return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
+def checksum(tensors: dict[str, StoredTensor], settings: dict) -> str:
+    """Return a CRC-32 over tensors by name, whatever their order and files are, and a configuration's `settings`."""
+    lines = [
+        f"{name} {_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {tensor.shape} {tensor.crc:08x}"
+        for name, tensor in tensors.items()
+    ]
+    lines = [*sorted(lines), json.dumps(settings, sort_keys=True)]
+    return f"crc32:{zlib.crc32(chr(10).join(lines).encode()):08x}"
 
 
-def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]], settings: dict) -> str:
     """Return the [`checksum`] of tensors in memory, given with their names."""
-    return checksum(
-        {
-            name: zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            for name, tensor in tensors
-        }
-    )
+    stored = {}
+    for name, tensor in tensors:
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        stored[name] = StoredTensor(tensor.dtype, list(tensor.shape), zlib.crc32(data))
+    return checksum(stored, settings)
+
+
+def settings_of(config: PreTrainedConfig, dtype: torch.dtype | None) -> dict:
+    """Return what the [`checksum`] covers of a model's configuration, as JSON values.
+
+    These are the fields that the class of `config` declares and `quantization_config`, without those that have their
+    defaults, so that fields of later versions change no checksum; the number of classes; and `dtype`, the one that the
+    model is loaded with. Names of the classes are not among them.
+    """
+    general = {entry.name for entry in fields(PreTrainedConfig)} | {"weights_checksum"}
+    found = {"num_labels": config.num_labels, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    found |= {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in general}
+    defaults = {entry.name: entry.default for entry in fields(config)} | {"num_labels": MISSING, "dtype": None}
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        stored = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        found |= {f"quantization_config.{name}": value for name, value in stored.items() if name not in _NOT_COVERED}
+    # as JSON has them: a list for a tuple, a name for a dtype
+    plain = json.loads(json.dumps(found, default=str))
+    return {
+        name: value for name, value in plain.items() if value not in (None, [], {}, _plain(defaults.get(name, MISSING)))
+    }
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def stored_settings(files: list[str], config: PreTrainedConfig) -> dict:
+    """Return the [`settings_of`] the `config.json` that lies beside weight `files`.
+
+    Arguments of `from_pretrained` may have changed fields of `config`; it is taken if there is no such file.
+    """
+    path = Path(files[0]).with_name("config.json")
+    if not path.is_file():
+        return settings_of(config, config.dtype)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    # from_dict() and the names of a thousand classes would take longer than the rest of the check
+    names = stored.pop("id2label", None)
+    stored.pop("label2id", None)
+    config = type(config)(**stored)
+    return settings_of(config, config.dtype) | ({} if names is None else {"num_labels": len(names)})
 
 
 def check_checkpoint(
-    layers: dict[str, ClusterLayer], files: list[str], expected_checksum: str | None, base_model_prefix: str
+    layers: dict[str, ClusterLayer], files: list[str], config: PreTrainedConfig, base_model_prefix: str
 ) -> None:
     """Compare the tensors in safetensors `files` with those that cluster `layers` expect, before loading.
 
-    A file of a model with a head may be loaded into the base model and the reverse, so that names are compared without
-    `base_model_prefix`.
+    `config` is the model's. A file of a model with a head may be loaded into the base model and the reverse, so that
+    names are compared without `base_model_prefix`.
 
-    Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents that
-    don't fit the checksum.
+    Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents or a
+    configuration that don't fit the checksum.
     """
     prefix = f"{base_model_prefix}."
     layers = {name.removeprefix(prefix): layer for name, layer in layers.items()}
@@ -138,7 +188,8 @@ def check_checkpoint(
             strays.append(name)
         wanted = expected.pop(f"{layer}.{key}", tensor)
         # a bias is converted to the model's dtype, as in a float model
-        if tensor.shape != list(wanted.shape) or (tensor.dtype != wanted.dtype and key != "bias"):
+        converted = key == "bias" and tensor.dtype in _FLOATS
+        if tensor.shape != list(wanted.shape) or (tensor.dtype != wanted.dtype and not converted):
             raise ValueError(
                 f"{name} in {where} is {tensor.dtype} {tensor.shape}, but quantization_config asks for "
                 f"{wanted.dtype} {list(wanted.shape)}: config.json and the weights are not of the same model, or one "
@@ -156,34 +207,13 @@ def check_checkpoint(
             "weights are not of the same model, or one of them was edited. Download both again, or quantize the float "
             "model again."
         )
-    if expected_checksum not in (None, checksum({name: tensor.crc for name, tensor in tensors.items()})):
+    checksum_there = config.quantization_config.checksum
+    if checksum_there is not None and checksum_there != checksum(tensors, stored_settings(files, config)):
         raise ValueError(
-            f"The tensors in {where} don't fit the checksum in config.json: a file is damaged or of another model. "
-            "Download both again with force_download=True, or save both again; if you changed the weights on purpose, "
-            "remove checksum from quantization_config."
+            f"The tensors in {where} don't fit the checksum in config.json, or fields of config.json were changed: a "
+            "file is damaged or of another model. Download both again with force_download=True, or save both again; if "
+            "you changed weights or fields on purpose, remove checksum from quantization_config."
         )
-
-
-def replace_files(source: Path, target: Path) -> None:
-    """Move the files of `source` into `target`. If anything interrupts it, `target` is as before."""
-    new = {path.name for path in source.iterdir()}
-    old = {path.name for path in target.iterdir() if path.name in new}
-    if new & {"model.safetensors", "model.safetensors.index.json"}:  # else they lie beside: a variant, an adapter
-        weights = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-        old |= {path.name for path in target.iterdir() if weights.fullmatch(path.name)}
-    backup = source / ".old"
-    backup.mkdir()
-    try:
-        for name in old:
-            os.replace(target / name, backup / name)
-        for name in new:
-            os.replace(source / name, target / name)
-    except BaseException:
-        for name in new - old:
-            (target / name).unlink(missing_ok=True)
-        for path in backup.iterdir():
-            os.replace(path, target / path.name)
-        raise
 
 
 # of the arguments of `from_pretrained`: they choose other weights than config.json was published with
@@ -215,13 +245,16 @@ def weight_files(name, revision: str | None = None, cache_dir=None, subfolder: s
     return [path for path in map(find, sorted(shards)) if path is not None]
 
 
-def weights_checksum(files: list[str]) -> str:
-    """Return the [`checksum`] of all tensors in some weight files."""
-    return checksum({name: tensor.crc for name, tensor in read_tensors(files).items()})
+def weights_checksum(files: list[str], config: PreTrainedConfig) -> str:
+    """Return the [`checksum`] of all tensors in some weight files and of the `config.json` beside them.
+
+    `config` is of its class.
+    """
+    return checksum(read_tensors(files), stored_settings(files, config))
 
 
-def check_published_weights(name, config, arguments: dict) -> None:
-    """Raise `ValueError` unless the weight files are those that `config.weights_checksum`, if any, was made of.
+def check_published_weights(name, config: PreTrainedConfig, arguments: dict) -> None:
+    """Raise `ValueError` unless weights and `config.json` are those that `config.weights_checksum`, if any, is of.
 
     `name` and the keyword `arguments` are those of `from_pretrained`.
     """
@@ -229,10 +262,11 @@ def check_published_weights(name, config, arguments: dict) -> None:
         return
     commit = getattr(config, "_commit_hash", None)
     files = weight_files(name, **(arguments | {"revision": commit} if commit else arguments))
-    if files and weights_checksum(files) != config.weights_checksum:
+    if files and weights_checksum(files, config) != config.weights_checksum:
         raise ValueError(
-            f"The tensors in {', '.join(files)} don't fit weights_checksum in config.json: a file is damaged or of "
-            f"another model. {AGAIN} If you changed the weights on purpose, remove weights_checksum from config.json."
+            f"The tensors in {', '.join(files)} don't fit weights_checksum in config.json, or fields of config.json "
+            f"were changed: a file is damaged or of another model. {AGAIN} If you changed weights or fields on "
+            "purpose, remove weights_checksum from config.json."
         )
 
 
@@ -253,7 +287,7 @@ __all__ = [
     "check_checkpoint",
     "check_checkpoint_form",
     "check_published_weights",
-    "replace_files",
+    "settings_of",
     "tensors_checksum",
     "unreadable_weights",
     "weight_files",

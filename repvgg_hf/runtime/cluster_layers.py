@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .packing import lookup_packed, pack_codes, packed_size, unpack_codes
-from .reparameterization import require_in_memory
+from .tensors import channels_last, has_memory, require_in_memory
 
 CODEBOOK_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 
@@ -32,15 +32,6 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     zero_point = zero_point.float()
     integers = (x.float() / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
     return integers.sub_(zero_point).mul_(scale).to(x.dtype)
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Tell whether `tensor` is one, and no stand-in for one that `torch.export` or `torch.func` computes with."""
-    try:
-        tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a wrapper of torch.func
-        return False
-    return type(tensor) is torch.Tensor
 
 
 class ClusterLayer(nn.Module):
@@ -125,14 +116,18 @@ class ClusterLayer(nn.Module):
         weight = lookup_packed(self.weight_codes, self.weight_codebook.float(), self.bits, self.weight_numel)
         weight = weight.view(self.weight_shape)
         if weight.dim() == 4:
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            weight = channels_last(weight)
         if self.weight_scale is not None:
             weight *= self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
         return weight.to(self.compute_dtype)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight in the layer's dtype: decoded at first use and kept, or every time if `on_the_fly`."""
+        """The dense weight in the layer's dtype: decoded at first use and kept, or every time if `on_the_fly`.
+
+        A forward pass asks for it before it reads any other buffer: `torch.compile` takes those that a layer has when
+        the first is read as all that there are.
+        """
         if self.keeps_weight:
             self.decode_once()
         dense = self._buffers.get("dense_weight")
@@ -149,7 +144,7 @@ class ClusterLayer(nn.Module):
             return
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be of no use in training
             weight = self.decoded()
-        if _has_memory(weight):
+        if has_memory(weight):
             self.register_buffer("dense_weight", weight, persistent=False)
 
     def forget_weight(self):
@@ -223,15 +218,17 @@ class ClusterConv2d(ClusterLayer):
         self.conv_groups = layer.groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight  # first: see ClusterLayer.weight
         x = self.quantized_input(x)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.conv_groups)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.conv_groups)
 
 
 class ClusterLinear(ClusterLayer):
     """An `nn.Linear` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.quantized_input(x), self.weight, self.bias)
+        weight = self.weight  # first: see ClusterLayer.weight
+        return F.linear(self.quantized_input(x), weight, self.bias)
 
 
 LAYER_CLASSES = {nn.Conv2d: ClusterConv2d, nn.Linear: ClusterLinear}
@@ -305,7 +302,7 @@ def dequantize_layers(model: nn.Module) -> None:
             )  # fmt: skip
         else:
             dense = nn.Linear(layer.weight_shape[1], layer.weight_shape[0], bias=layer.bias is not None, device="meta")
-        dense.weight, dense.bias = nn.Parameter(weight), layer.bias
+        dense.weight, dense.bias = nn.Parameter(weight.contiguous()), layer.bias
         model.set_submodule(name, dense)
 
 

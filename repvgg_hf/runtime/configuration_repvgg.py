@@ -5,9 +5,13 @@ outlier-aware batch normalization, is batch normalization that bounds what each 
 entry of the fused kernel; see `reparameterization.py`.
 """
 
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+
+from .options import is_misspelt
 
 # name: (depths, width multipliers of stages 1 to 4, groups of every second layer, squeeze-excitation)
 # RepVGG (arXiv 2101.03697), tables 2 and 3, and the authors' repository for A0 to B3g4 and D2se.
@@ -29,6 +33,13 @@ VARIANTS = {
     "d2se": (_D_DEPTHS, (2.5, 2.5, 2.5, 5), 1, True),
 }
 BASE_WIDTHS = (64, 128, 256, 512)
+
+# A network beyond these is a slip: the largest variant, b3, has 0.13e9 parameters and 84 branches. Without a limit it
+# would fill the memory, or take hours, before anything tells which number is wrong.
+MAX_PARAMETERS = 20_000_000_000  # 75 GiB in float32
+MAX_BRANCHES = 20_000
+MAX_LABELS = 5_000_000
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # Called when the first configuration is made. The package registers its model classes here: every Auto class makes the
 # configuration first, so that `import repvgg_hf` need not load the modeling code, nor torchvision with it.
@@ -75,8 +86,9 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
         classifier_dropout (`float`, defaults to 0.0):
             Dropout before the classifier.
         weights_checksum (`str`, *optional*):
-            Checksum of the float weights beside a published `config.json`, to find damage: `from_pretrained` refuses
-            others. A quantized model has one in its `quantization_config`. `save_pretrained` leaves it out.
+            Checksum of the float weights beside a published `config.json`, and of its fields that change what the
+            model computes, to find damage: `from_pretrained` refuses others. A quantized model has one in its
+            `quantization_config`. `save_pretrained` leaves it out.
         qat_config (`dict`, *optional*):
             How the model is prepared for quantization-aware training; `prepare_qat` sets it.
 
@@ -116,6 +128,9 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         while before_first_config:
             before_first_config.pop()()
+        self._check_names(kwargs)
+        self._check_labels(kwargs)
+        self._check_dtype(kwargs)
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, len(self.depths) + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
@@ -125,6 +140,17 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def num_stages(self) -> int:
         return len(self.depths)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Make a configuration from a dictionary, with `kwargs` in the place of some of its fields.
+
+        Raises `ValueError` or `StrictDataclassError` naming the field for a value that is impossible.
+        """
+        made = super().from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.validate()  # `kwargs` were set after it was made
+        return made
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "RepVGGConfig":
@@ -144,6 +170,86 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
             "use_squeeze_excitation": use_squeeze_excitation,
         }
         return cls(**(variant_kwargs | kwargs))
+
+    def _check_names(self, others: dict) -> None:
+        """Check `others`, which are no fields of this class, as a file may give them.
+
+        Raises `ValueError` for one that is a field's name with one slip, or that would replace what the class works
+        with by something else.
+        """
+        known = [entry.name for entry in fields(RepVGGConfig) if not entry.name.startswith("_")]
+        for name in others:
+            meant = [field for field in known if is_misspelt(name, field)]
+            if meant and not hasattr(type(self), name):
+                raise ValueError(
+                    f"RepVGGConfig has no field {name!r}: did you mean {meant[0]!r}? Correct it, in config.json or "
+                    "where you pass it."
+                )
+            if callable(getattr(type(self), name, None)) or name == "attribute_map":
+                raise ValueError(f"{name!r} can't be a field of a configuration, the class has it: rename it.")
+            if name.startswith("base_model_") and not isinstance(others[name], dict | None):
+                raise ValueError(f"{name} must be an object or null, got {others[name]!r:.80}.")
+        for name in ("output_hidden_states", "return_dict"):  # the types of inherited fields are not checked
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r:.80}.")
+        quantization = others.get("quantization_config") or {"quant_method": ""}
+        if not hasattr(quantization, "to_dict") and not (
+            isinstance(quantization, dict) and isinstance(quantization.get("quant_method", ""), str)
+        ):
+            raise ValueError(
+                f"quantization_config must be an object with a text as quant_method, got {quantization!r:.80}."
+            )
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "cluster" and "dtype" in quantization:
+            raise ValueError("quantization_config has no option 'dtype': remove it, or set codebook_dtype.")
+
+    def _check_labels(self, others: dict) -> None:
+        """Raise `ValueError` for class names that are none, or more than memory holds, before they are made."""
+        labels = others.get("num_labels")
+        if labels is not None and (type(labels) is not int or not 0 <= labels <= MAX_LABELS):
+            raise ValueError(f"num_labels must be an integer from 0 to {MAX_LABELS:,}, got {labels!r}.")
+        names = {} if self.id2label is None else self.id2label
+        if not isinstance(names, dict) or not all(str(key).isdecimal() for key in names):
+            raise ValueError(
+                f'id2label must be an object that gives a name for each number, such as {{"0": "ant", "1": "bee"}}, '
+                f"got {names!r:.80}."
+            )
+        numbers = {} if self.label2id is None else self.label2id
+        if not isinstance(numbers, dict) or not all(type(number) in (int, str) for number in numbers.values()):
+            raise ValueError(f"label2id must be an object that gives a number for each name, got {numbers!r:.80}.")
+
+    def _check_dtype(self, others: dict) -> None:
+        """Raise `ValueError` for a dtype that is no floating point one."""
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
+            known = dtype in FLOATS if isinstance(dtype, str) else getattr(dtype, "is_floating_point", dtype is None)
+            if not known:
+                raise ValueError(f"{name} must be one of {', '.join(FLOATS)}, got {dtype!r:.80}.")
+
+    def validate_activation(self):
+        """Check that `hidden_act` is an activation that Transformers knows."""
+        from transformers.activations import ACT2FN  # it imports PyTorch, which a configuration alone does not need
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
+
+    def validate_size(self):
+        """Check that the network is not so large that it must be a slip."""
+        branches = sum(map(abs, self.depths)) * max(1, len(self.block_branches))
+        if branches > MAX_BRANCHES:
+            raise ValueError(
+                f"depths={shortened(self.depths)} and block_branches={shortened(self.block_branches)} ask for "
+                f"{branches:,} branches, and {MAX_BRANCHES:,} is the most: give fewer layers or fewer branches."
+            )
+        widths = [self.num_channels, self.stem_hidden_size, *self.hidden_sizes]
+        layers = [1, *self.depths]
+        kernels = [9 * before * after + 9 * (depth - 1) * after * after
+                   for before, after, depth in zip(widths, widths[1:], layers)]  # fmt: skip
+        parameters = sum(kernels) + (widths[-1] + 1) * (self.num_labels or 0)
+        if parameters > MAX_PARAMETERS:
+            names = ("num_channels", "stem_hidden_size", "hidden_sizes", "depths", "num_labels")
+            raise ValueError(
+                f"The fused network would have {parameters:,} parameters, and {MAX_PARAMETERS:,} is the most: give "
+                f"smaller numbers than {', '.join(f'{name}={shortened(getattr(self, name))}' for name in names)}."
+            )
 
     def validate_stages(self):
         """Check that `hidden_sizes`, `depths` and `strides` describe the same stages, with positive numbers."""
@@ -170,6 +276,13 @@ class RepVGGConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"oabn_threshold must be positive and finite, got {self.oabn_threshold}; 6 is the default."
             )
+
+
+def shortened(value) -> str:
+    """Return `value` as a list for a message, with no more than its first entries; a number as it is."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    return str(list(value)) if len(value) <= 8 else f"[{', '.join(map(repr, value[:8]))}, ... {len(value)} in all]"
 
 
 __all__ = ["RepVGGConfig"]

@@ -4,7 +4,6 @@ A *branch* is one of the linear maps that a block sums while it trains; *fusing*
 See `reparameterization.py`.
 """
 
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self, Unpack
 
-from .checkpoints import check_checkpoint_form, check_published_weights, replace_files, unreadable_weights
-from .cluster_layers import check_layers, decode_layers, dequantize_layers, replace_with_cluster_layers
+from .checkpoints import check_checkpoint_form, check_published_weights, unreadable_weights
+from .cluster_layers import (
+    check_layers,
+    cluster_layers,
+    decode_layers,
+    dequantize_layers,
+    replace_with_cluster_layers,
+)
+from .image_processor_file import PROCESSOR_FILE, ImageProcessorFile
+from .new_layers import check_quantized_on_loading, check_sizes, warn_of_new_layers, without_layers
 from .quantization_cluster import ClusterConfig, ClusterOptions
 from .reparameterization import ReparamConv2d, checkpoint_once, fused_convolutions
+from .saving import finish_before_loading, replace_files
 
 
 class ReparameterizedPreTrainedModel(PreTrainedModel):
@@ -29,6 +37,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
     """
 
     is_part = False  # of a model, without a stem or configuration of its own
+    image_processor_file: ImageProcessorFile | None = None  # of where the model is from; saved along with it
     _keep_in_fp32_modules_strict = ["weight_fake_quant", "input_fake_quant"]
 
     def post_init(self):
@@ -40,8 +49,11 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs
     ):
-        function = partial(checkpoint_once, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, function, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for module in self.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                function = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = partial(checkpoint_once, function, module)
 
     def reparameterize(self):
         """Fuse the branches of every layer into one convolution, in place; returns the model.
@@ -167,6 +179,14 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
             **options,
         )
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the parameters as `PreTrainedModel` does, in a quantized model with the weights that codes stand for.
+
+        Those don't train.
+        """
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        return count if only_trainable else count + sum(layer.weight_numel for layer in cluster_layers(self).values())
+
     def replace_with_cluster_layers(self, config: ClusterConfig):
         """Put empty cluster layers in the place of those that `config` converts; returns them by name."""
         return replace_with_cluster_layers(self, config)
@@ -200,44 +220,74 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         return super().dequantize(dtype)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs
+    ) -> Self:  # with output_loading_info a tuple, as Transformers has it, too
         """Load a model as `PreTrainedModel.from_pretrained` does, and check what was loaded.
 
-        Raises `ValueError` for the wrong form of checkpoint (branches, fused, quantized) or a broken file.
+        Raises `ValueError` for the wrong form of checkpoint (branches, fused, quantized) or a broken file, and
+        `RuntimeError` for another number of classes (or other sizes) than the checkpoint's, without
+        `ignore_mismatched_sizes=True`. With it such a layer is new: float in a quantized model, prepared anew in one
+        that was prepared for quantization-aware training.
 
         For a quantized checkpoint `quantization_config=ClusterConfig(decode="on_the_fly")` chooses when to decode.
         """
+        _refuse_other_formats(cls, kwargs)
+        kwargs = finish_before_loading(pretrained_model_name_or_path, kwargs)
+        ignored = kwargs.pop("ignore_mismatched_sizes", False)  # else refused below, by what and where differs
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
             )
         except SafetensorError as error:
             raise ValueError(unreadable_weights(pretrained_model_name_or_path, error, kwargs)) from error
-        check_checkpoint_form(info["missing_keys"], info["unexpected_keys"], model.config.deploy)
         check_published_weights(pretrained_model_name_or_path, model.config, kwargs)
+        model._settle_new_layers(pretrained_model_name_or_path, info, ignored)
         for name, module in model.named_modules():
             if isinstance(module, ReparamConv2d) and any(parameter.is_meta for parameter in module.parameters()):
                 raise ValueError(
                     f"{name} is offloaded, but a block of branches runs in memory only: load the model without "
                     "device_map or with device_map='cpu', or reparameterize() and save it first."
                 )
-            if isinstance(module, nn.Conv2d):  # as the input, so that no call has to rearrange the kernel
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         requested = kwargs.get("quantization_config")
         if isinstance(requested, ClusterConfig) and requested.decode != model.config.quantization_config.decode:
             model.decode_weights(on_the_fly=requested.decode == "on_the_fly")
+        if pretrained_model_name_or_path is not None:
+            commit = getattr(model.config, "_commit_hash", None)
+            model.image_processor_file = ImageProcessorFile.beside(pretrained_model_name_or_path, commit, kwargs)
         return (model, info) if output_loading_info else model
+
+    def _settle_new_layers(self, name, info: dict, ignored: bool) -> None:
+        """Check which of the model's tensors the checkpoint `name` gave, as `info` says, and what becomes of others."""
+        new = getattr(getattr(self, "hf_quantizer", None), "new_layers", {})
+        missing, unexpected = (without_layers(info[keys], new) for keys in ("missing_keys", "unexpected_keys"))
+        check_checkpoint_form(missing, unexpected, self.config.deploy)
+        check_sizes(name, info["mismatched_keys"], ignored)
+        check_quantized_on_loading(self, missing, info["mismatched_keys"])
+        warn_of_new_layers(name, new, "stays float (modules_to_not_convert)")
+        if getattr(self, "qat_settings", None) is not None:
+            compression = _import_compression("A checkpoint of quantization-aware training")
+            compression.settle_qat(self, name, info["missing_keys"], info["mismatched_keys"])
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         own = self.state_dict().keys()
         check_checkpoint_form(own - state_dict.keys(), state_dict.keys() - own, self.config.deploy)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    def _get_files_timestamps(self, working_dir):
+        # of the files that push_to_hub leaves out: none, as save_pretrained writes into a new folder
+        return {}
+
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
         """Save the model as `PreTrainedModel.save_pretrained` does; the files appear only when all are complete.
 
-        They are written to a temporary folder and then renamed, so that an interrupted save leaves what was there
-        before. Weights of an earlier save under other names (sharded or not) are removed.
+        They are written to a temporary folder and then renamed, so that an interrupted save, also one that is killed,
+        leaves what was there before or the new model: what is left of it is done by the next save or load. Weights of
+        an earlier save under other names (sharded or not) are removed.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -246,9 +296,21 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             kwargs.setdefault("repo_id", target.name)
         self.config.weights_checksum = None  # that of the files it was loaded from
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
+        with replace_files(target) as folder:
+            main_process = kwargs.get("is_main_process", args[0] if args else True)
+            if main_process and self.image_processor_file is not None and not (target / PROCESSOR_FILE).exists():
+                self.image_processor_file.write(folder)
             super().save_pretrained(folder, *args, push_to_hub=push_to_hub, **kwargs)
-            replace_files(Path(folder), target)
+
+
+def _refuse_other_formats(cls: type, arguments: dict) -> None:
+    """Raise `ValueError` for an argument of `from_pretrained` that asks for weights in a format that no model has."""
+    for name in ("from_tf", "from_flax", "gguf_file"):
+        if arguments.get(name):
+            raise ValueError(
+                f"{name}={arguments[name]!r}: {cls.__name__} has no weights in that format. Load the folder or "
+                "repository that save_pretrained() wrote, in safetensors, without this argument."
+            )
 
 
 def _import_compression(caller: str):

@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_repvgg import RepVGGConfig
 from .modeling_reparameterized import ReparameterizedPreTrainedModel
 from .reparameterization import ReparamConv2d
+from .tensors import channels_last, lay_out
 
 
 class RepVGGSqueezeExcitation(nn.Module):
@@ -61,8 +62,17 @@ class RepVGGLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         if isinstance(self.activation, nn.ReLU):
             self.activation.inplace = True  # nothing before it needs its output for the gradient
+        self.was_laid_out = False  # whether the fused kernel was contiguous before inference
+
+    def train(self, mode: bool = True):
+        if mode and self.was_laid_out:
+            lay_out(self.conv.weight, torch.contiguous_format)
+            self.was_laid_out = False
+        return super().train(mode)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training and not torch.is_grad_enabled() and type(self.conv) is nn.Conv2d:
+            self.was_laid_out |= lay_out(self.conv.weight, torch.channels_last)
         return self.activation(self.attention(self.conv(hidden_states)))
 
 
@@ -80,8 +90,18 @@ class RepVGGEmbeddings(nn.Module):
                 f"pixel_values must be [batch, {self.num_channels}, height, width], got {list(pixel_values.shape)}: "
                 "prepare images with the image processor, or set num_channels in the configuration."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point numbers, got {pixel_values.dtype}: pass images through the image "
+                "processor, which scales them."
+            )
         # convolutions run faster with the channels last on CPU and GPU alike, and hand the layout on
-        return self.layer(pixel_values.contiguous(memory_format=torch.channels_last))
+        return self.layer(channels_last(pixel_values.to(self._dtype(pixel_values.dtype))))
+
+    def _dtype(self, default: torch.dtype) -> torch.dtype:
+        """Return the dtype that the stem computes in; `default` if it can't be known, as in a `DataParallel` copy."""
+        first = next(self.layer.conv.parameters(), None)
+        return getattr(self.layer.conv, "compute_dtype", default if first is None else first.dtype)
 
 
 class RepVGGStage(nn.Module):

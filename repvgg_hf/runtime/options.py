@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import os
 from collections.abc import Iterable
 
 
@@ -12,6 +13,16 @@ def unknown_option(name: str, known: Iterable[str], where: str) -> str:
     similar = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {similar[0]!r}?" if similar else f"it takes {', '.join(known)}."
     return f"{where} has no option {name!r}: {hint}"
+
+
+def is_misspelt(name: str, meant: str) -> bool:
+    """Tell whether `name` is `meant` with one slip: a character more, less or wrong, or two neighbors swapped."""
+    if name == meant or abs(len(name) - len(meant)) > 1:
+        return False
+    start = len(os.path.commonprefix([name, meant]))
+    rest, wanted = name[start:], meant[start:]
+    swapped = rest[:2] == wanted[1::-1] and rest[2:] == wanted[2:]
+    return swapped or rest[1:] == wanted or rest == wanted[1:] or rest[1:] == wanted[1:]
 
 
 def suggest_options(cls):
@@ -30,4 +41,4 @@ def suggest_options(cls):
     return cls
 
 
-__all__ = ["suggest_options", "unknown_option"]
+__all__ = ["is_misspelt", "suggest_options", "unknown_option"]

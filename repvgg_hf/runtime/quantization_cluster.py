@@ -10,8 +10,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoints import check_checkpoint, tensors_checksum
+from .checkpoints import check_checkpoint, settings_of, tensors_checksum
 from .cluster_layers import CODEBOOK_DTYPES, ClusterConv2d, ClusterLayer, ClusterLinear
+from .new_layers import NewLayer, find_new_layers
 from .options import suggest_options
 from .quantization_methods import METHODS, QuantizationMethod
 
@@ -88,8 +89,12 @@ class QuantizationOptions:
     def __post_init__(self):
         if isinstance(self.bits_overrides, str):
             self.bits_overrides = _parse_overrides(self.bits_overrides)
-        self.bits_overrides = dict(self.bits_overrides or {})
-        self.modules_to_not_convert = list(self.modules_to_not_convert or [])
+        if not isinstance(self.bits_overrides, dict | None):
+            raise ValueError(f"bits_overrides must be an object of bits by module, got {self.bits_overrides!r:.80}.")
+        kept = self.modules_to_not_convert
+        if not isinstance(kept, list | tuple | None) or not all(isinstance(name, str) for name in kept or []):
+            raise ValueError(f"modules_to_not_convert must be a list of names of modules, got {kept!r:.80}.")
+        self.bits_overrides, self.modules_to_not_convert = dict(self.bits_overrides or {}), list(kept or [])
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
@@ -172,7 +177,8 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
         activation_bits: 2 to 8 also rounds the input of every converted layer, to integers with a fixed scale and
             zero point for the whole tensor, which `quantize()` finds on `calibration` data. `None`: weights only.
         format_version: of the tensors on disk; this version of the package reads and writes 1.
-        checksum: of all tensors of the checkpoint, written by `save_pretrained` and checked by `from_pretrained`.
+        checksum: of all tensors of the checkpoint and of the configuration's fields that change what the model
+            computes, written by `save_pretrained` and checked by `from_pretrained`.
         quant_method: how Transformers finds this class: `"cluster"`.
 
     Raises `ValueError` (or `TypeError` for an unknown key) that names the argument and what it accepts.
@@ -274,6 +280,18 @@ def _check_format(version) -> None:
         )
 
 
+def _require_safetensors(files: list[str] | None) -> None:
+    """Raise `ValueError` unless a quantized checkpoint is in safetensors `files`, the only ones that are checked."""
+    others = [str(file) for file in files or [] if Path(file).suffix != ".safetensors"]
+    if others or not files:
+        raise ValueError(
+            f"Quantized weights are loaded from safetensors files only, got {', '.join(others) or 'a state_dict'}: "
+            "names, dtypes, shapes and the checksum are checked in the files, and what is missing would be memory with "
+            "arbitrary contents. Load the folder that save_pretrained() wrote, without use_safetensors=False; for "
+            "tensors in memory call load_state_dict() of a model that is quantized the same way."
+        )
+
+
 class ClusterQuantizer(HfQuantizer):
     """The part of `from_pretrained` that loads quantized checkpoints, and quantizes float ones on the fly.
 
@@ -282,6 +300,7 @@ class ClusterQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    new_layers: dict[str, NewLayer] = {}  # that the checkpoint does not have, or with other sizes: they stay float
 
     def update_dtype(self, dtype):
         # fusing and clustering in half precision would cost accuracy: load in float32, cast when done
@@ -296,9 +315,12 @@ class ClusterQuantizer(HfQuantizer):
                 "config.json has a quantization_config but deploy=False: quantized checkpoints hold fused kernels. "
                 "Set deploy to true in config.json if its keys end in weight_codes, or remove quantization_config."
             )
+        _require_safetensors(checkpoint_files)
+        self.new_layers = find_new_layers(model, checkpoint_files, self.quantization_config)
+        kept = self.quantization_config.modules_to_not_convert
+        self.quantization_config.modules_to_not_convert = [*kept, *self.new_layers]
         layers = model.replace_with_cluster_layers(self.quantization_config)
-        if checkpoint_files and all(Path(file).suffix == ".safetensors" for file in checkpoint_files):
-            check_checkpoint(layers, checkpoint_files, self.quantization_config.checksum, model.base_model_prefix)
+        check_checkpoint(layers, checkpoint_files, model.config, model.base_model_prefix)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
@@ -322,7 +344,7 @@ class ClusterQuantizer(HfQuantizer):
             (name, load_offloaded_parameter(model, name) if tensor.is_meta else tensor)
             for name, tensor in model.state_dict().items()
         )
-        self.quantization_config.checksum = tensors_checksum(tensors)
+        self.quantization_config.checksum = tensors_checksum(tensors, settings_of(model.config, model.dtype))
         return None, {}
 
     def is_serializable(self) -> bool:

@@ -27,35 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-class _BoundedWeight(torch.autograd.Function):
-    """Clip `weight` to `[-limit, limit]`. A clipped entry receives only the gradient that would bring it back inside.
-
-    Plain clipping has no gradient outside the bound: an entry that once left would stay there for good (but for weight
-    decay). Passing every gradient would let the parameter drift ever further out while its clipped value stays.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, limit):
-        ctx.save_for_backward(weight, limit)
-        return torch.maximum(torch.minimum(weight, limit), -limit)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        weight, limit = ctx.saved_tensors
-        # gradient descent subtracts the gradient, so an equal sign means a step towards zero
-        keep = (weight.abs() <= limit) | (weight * grad_output > 0)
-        return grad_output * keep, None
-
-
-def outlier_bounded_weight(norm: nn.Module, kernel_max: torch.Tensor | float, bound: torch.Tensor) -> torch.Tensor:
-    """Clip the batch norm weight `[out]`, so that the branch adds at most `bound` to any entry of the fused kernel.
-
-    The branch contributes `weight / sqrt(running_var + eps) * W` to the fused kernel. With `kernel_max = max|W|` per
-    output channel, the clip is `bound * sqrt(running_var + eps) / kernel_max`.
-    """
-    deviation = (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
-    return _BoundedWeight.apply(norm.weight, bound * deviation / kernel_max)
+from .oabn import outlier_bounded_weight
+from .tensors import kernel_of, require_in_memory, require_unpruned
 
 
 def batch_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -103,6 +76,8 @@ class Branch(nn.Module):
 class ConvBranch(Branch):
     """A branch that is a convolution without bias, padded to keep the size, then batch normalization."""
 
+    fuses_channels_last = False  # whether its kernel is rearranged for fusing, as quantizing in rows wants it
+
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1, eps=1e-5, momentum=0.1):
         super().__init__()
         self.kernel_size = tuple(kernel_size)
@@ -110,10 +85,15 @@ class ConvBranch(Branch):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum)
 
+    def kernel(self) -> torch.Tensor:
+        """Return the convolution's kernel, for fusing."""
+        kernel = kernel_of(self.conv)
+        return kernel.contiguous(memory_format=torch.channels_last) if self.fuses_channels_last else kernel
+
     def norm_weight(self, bound: torch.Tensor | None) -> torch.Tensor:
         if bound is None:
             return self.norm.weight
-        kernel_max = self.conv.weight.detach().abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
+        kernel_max = kernel_of(self.conv).detach().abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
         return outlier_bounded_weight(self.norm, kernel_max, bound)
 
     def forward(self, x: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
@@ -121,22 +101,25 @@ class ConvBranch(Branch):
         return self.norm(y) if bound is None else batch_norm(self.norm, y, self.norm_weight(bound))
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        few_channels = self.conv.in_channels // self.conv.groups < 16
-        if not few_channels or self.conv.kernel_size != (1, 1) or self.conv.stride == (1, 1):
-            return self.conv(x)
+        conv = self.conv
+        if not isinstance(conv, nn.Conv2d):  # wrapped, as by peft for LoRA: only with the channels first is it safe
+            return conv(x if self.kernel_size != (1, 1) else x.contiguous())
+        few_channels = conv.in_channels // conv.groups < 16
+        if not few_channels or conv.kernel_size != (1, 1) or conv.stride == (1, 1):
+            return conv(x)
         # The same as the strided convolution, whose gradient on the CPU writes outside its memory with fewer than 16
         # input channels that come last (torch 2.14, uxlfoundation/oneDNN#6035): a crash, or wrong values in silence.
-        step_h, step_w = self.conv.stride
-        return F.conv2d(x[:, :, ::step_h, ::step_w], self.conv.weight, groups=self.conv.groups)
+        step_h, step_w = conv.stride
+        return F.conv2d(x[:, :, ::step_h, ::step_w], conv.weight, groups=conv.groups)
 
     def equivalent(self, bound: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         scale, bias = _scale_and_bias(self.norm, self.norm_weight(bound))
-        return self.conv.weight * scale.view(-1, 1, 1, 1), bias
+        return self.kernel() * scale.view(-1, 1, 1, 1), bias
 
     def contribution_variance(self) -> torch.Tensor:
         """Compute the variance from sums per channel, which read the kernel twice and allocate nothing of its size."""
         scale, _ = _scale_and_bias(self.norm, self.norm.weight)
-        weight = self.conv.weight
+        weight = self.kernel()
         total = (scale * weight.sum(dim=(1, 2, 3))).sum()
         square = (scale * torch.linalg.vector_norm(weight, dim=(1, 2, 3))).square().sum()
         return (square - total**2 / weight.numel()).clamp_min(0) / (weight.numel() - 1)
@@ -179,6 +162,17 @@ class _AddAtCenter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         return grad_output, _center(grad_output, ctx.size)
+
+
+def _add_at_center(kernel: torch.Tensor, smaller: torch.Tensor) -> torch.Tensor:
+    """Return `kernel` plus a `smaller` one at its center; `kernel` may be overwritten."""
+    if torch.compiler.is_compiling():  # which fuses this, and before torch 2.11 refuses a function in place
+        height, width = ((kernel.shape[dim] - smaller.shape[dim]) // 2 for dim in (2, 3))
+        return kernel + F.pad(smaller, (width, width, height, height))
+    if torch.is_grad_enabled():
+        return _AddAtCenter.apply(kernel, smaller)
+    _center(kernel, smaller.shape[2:]).add_(smaller)
+    return kernel
 
 
 def _center(kernel: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -288,7 +282,7 @@ class ReparamConv2d(nn.Module):
         (kernel, *others), biases = zip(*parts)
         if isinstance(kernel, nn.Parameter):
             kernel = kernel.clone()
-        return reduce(_AddAtCenter.apply, others, kernel), reduce(add, biases)
+        return reduce(_add_at_center, others, kernel), reduce(add, biases)
 
     def convolve(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Convolve `x` `[batch, in, height, width]` with a fused `kernel` and `bias`, as [`equivalent`] gives them."""
@@ -320,7 +314,7 @@ class ReparamConv2d(nn.Module):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.kernel_size[0] // 2,
             groups=self.groups, device="meta",
         )  # fmt: skip
-        conv.weight = nn.Parameter(kernel.contiguous(memory_format=torch.channels_last))
+        conv.weight = nn.Parameter(kernel.contiguous())
         conv.bias = nn.Parameter(bias)
         # checked in float64 on the CPU: a GPU may run float32 convolutions in TF32, too coarse
         sample = torch.randn(2, self.in_channels, 4, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -352,16 +346,23 @@ def _check_branch(branch: nn.Module, name: str, block_size: tuple[int, int]) -> 
         raise ValueError(f"Branch {name!r} is larger than the {block} block it is part of.")
 
 
-def checkpoint_once(checkpoint_function, layer_forward, *args):
-    """Run a layer under gradient checkpointing without counting its batch twice.
+@torch.compiler.disable(recursive=False)
+def checkpoint_once(checkpoint_function, layer, layer_forward, *args):
+    """Run a `layer` under gradient checkpointing without counting its batch twice.
 
     The layer runs again in the backward pass. Undoing the first run's update of the buffers makes the second one see
     the running statistics (and the OABN bounds from them) that the first one saw, and leaves one update in total.
+    `torch.compile` compiles what the layer does, and not this: its own checkpointing computes again with the statistics
+    that were updated (torch 2.14).
+
+    `checkpoint_function(layer_forward, *args)` is what Transformers would run.
     """
+    reentrant = getattr(checkpoint_function, "keywords", {}).get("use_reentrant") is not False
+    needs_gradient = any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
     # re-entrant checkpointing gives a layer no gradients if its input needs none, as the stem's
-    if not torch.is_grad_enabled() or not any(arg.requires_grad for arg in args):
+    if not torch.is_grad_enabled() or (reentrant and not needs_gradient):
         return layer_forward(*args)
-    buffers = list(layer_forward.args[0].buffers())
+    buffers = list(layer.buffers())
     before = [buffer.clone() for buffer in buffers]
     output = checkpoint_function(layer_forward, *args)
     with torch.no_grad():
@@ -370,22 +371,14 @@ def checkpoint_once(checkpoint_function, layer_forward, *args):
     return output
 
 
-def require_in_memory(model: nn.Module) -> None:
-    """Raise `ValueError` naming the first weight of `model` that was offloaded by a `device_map`."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is offloaded to disk or another device, and this needs every weight in memory: load the "
-                "model without device_map, or with device_map='cpu'."
-            )
-
-
 def fused_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return the fused `nn.Conv2d` of every `ReparamConv2d` in `model`, by name, in the block's dtype.
 
-    `model` is not changed. Raises `ValueError` naming the block whose fused form is wrong, or an offloaded weight.
+    `model` is not changed. Raises `ValueError` naming the block whose fused form is wrong, an offloaded weight,
+    or a pruned one.
     """
     require_in_memory(model)
+    require_unpruned(model)
     fused = {}
     for name, block in model.named_modules():
         if isinstance(block, ReparamConv2d):

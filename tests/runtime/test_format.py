@@ -79,15 +79,51 @@ def golden_weight(name: str) -> torch.Tensor:
     return torch.tensor(weight).view(shape)
 
 
-def golden_checksum(tensors: dict[str, torch.Tensor]) -> str:
-    lines = [f"{name} {zlib.crc32(tensor.numpy().tobytes()):08x}" for name, tensor in tensors.items()]
-    return f"crc32:{zlib.crc32(chr(10).join(sorted(lines)).encode()):08x}"
+DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}  # as safetensors calls them
+
+
+def golden_settings(activation_bits: int | None) -> dict:
+    """What the configuration says about the function, field by field, but for what is as by default."""
+    settings = {
+        "_out_features": ["stage2"],
+        "_out_indices": [2],
+        "deploy": True,
+        "depths": [1, 1],
+        "dtype": "float32",
+        "groups": 2,
+        "hidden_sizes": [4, 6],
+        "num_labels": 4,
+        "quantization_config.activation_bits": activation_bits,
+        "quantization_config.bits": 3,
+        "quantization_config.bits_overrides": {"classifier": 5},
+        "quantization_config.channel_scale": True,
+        "quantization_config.codebook_dtype": "float16",
+        "quantization_config.format_version": 1,
+        "quantization_config.granularity": "per_group",
+        "quantization_config.group_size": 2,
+        "quantization_config.method": "cluster",
+        "quantization_config.quant_method": "cluster",
+        "stem_hidden_size": 4,
+        "strides": [2, 2],
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def golden_checksum(activation_bits: int | None) -> str:
+    """A line for each tensor, in the order of their names, and one of JSON."""
+    lines = [
+        f"{name} {DTYPES[tensor.dtype]} {list(tensor.shape)} {zlib.crc32(tensor.numpy().tobytes()):08x}"
+        for name, tensor in sorted(golden_tensors(activation_bits).items())
+    ]
+    lines.append(json.dumps(golden_settings(activation_bits)))
+    return f"crc32:{zlib.crc32(chr(10).join(lines).encode()):08x}"
 
 
 def golden_config(activation_bits: int | None) -> dict:
     return {
         "architectures": ["RepVGGForImageClassification"],
         "model_type": "repvgg",
+        "dtype": "float32",
         "deploy": True,
         "stem_hidden_size": 4,
         "hidden_sizes": [4, 6],
@@ -110,7 +146,7 @@ def golden_config(activation_bits: int | None) -> dict:
             "range_method": None,
             "decode": "at_load",
             "activation_bits": activation_bits,
-            "checksum": golden_checksum(golden_tensors(activation_bits)),
+            "checksum": golden_checksum(activation_bits),
         },
     }
 

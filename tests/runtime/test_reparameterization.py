@@ -9,7 +9,8 @@ from torch import nn
 from transformers.models.detr.modeling_detr import replace_batch_norm
 
 from repvgg_hf import ReparamConv2d
-from repvgg_hf.runtime.reparameterization import ConvBranch, _BoundedWeight, outlier_bounded_weight, parse_branch
+from repvgg_hf.runtime.oabn import _BoundedWeight, outlier_bounded_weight
+from repvgg_hf.runtime.reparameterization import ConvBranch, parse_branch
 
 REPVGG = ("3x3", "1x1", "identity")
 BRANCHES = {

@@ -14,8 +14,7 @@ from .layers import qat_layers
 def update_codebooks(model: nn.Module) -> None:
     """Move what is to be moved after an optimizer step. Call it once after each one, on every rank.
 
-    Kernels that `fully_shard` (FSDP) has spread over the ranks are gathered for it. FSDP takes contiguous parameters
-    only: call `model.to(memory_format=torch.contiguous_format)` after `prepare_qat`.
+    Kernels that `fully_shard` (FSDP) has spread over the ranks are gathered for it.
     """
     layers = qat_layers(model).values()
     due = any(layer.weight_fake_quant.is_due() for layer in layers)
@@ -29,34 +28,100 @@ def check_gradients(model: nn.Module, step: int) -> None:
 
     Call it before the optimizer uses them: the parameters are then still good.
     """
-    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    if named and not nn.utils.get_total_norm([gradient for _, gradient in named]).isfinite():
-        raise diverged(model, step)
+    GradientCheck(model, step).require_finite()
+
+
+class GradientCheck:
+    """Which gradients of `model` are not finite, before the optimizer's `step` takes them.
+
+    An accelerator finds it out by and by: nothing here waits for it until the result is asked for.
+    """
+
+    def __init__(self, model: nn.Module, step: int):
+        self.step = step
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        self.names = list(gradients)
+        self.good, self.copied = None, None
+        if not gradients:
+            return
+        norms = [norm.to(next(iter(gradients.values())).device) for norm in torch._foreach_norm([*gradients.values()])]
+        good = torch.stack(norms).isfinite()
+        good = good.full_tensor() if hasattr(good, "full_tensor") else good  # of parameters spread over ranks
+        self.good = good.to("cpu", non_blocking=True)
+        if good.device.type != "cpu":
+            self.copied = torch.Event(good.device)
+            self.copied.record()
+
+    def require_finite(self, step_was_taken: bool = False) -> None:
+        """Raise `RuntimeError` if they are not, and wait for the answer if it has not come yet."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        if self.good is not None and not self.good.all():
+            bad = [name for name, good in zip(self.names, self.good.tolist()) if not good]
+            raise _error(bad, self.step, step_was_taken)
 
 
 def diverged(model: nn.Module, step: int) -> RuntimeError:
-    """The error, to be raised, that names where the gradients of `model` are not finite."""
+    """The error, to be raised, that names where the gradients of `model` are not finite; the step was not taken."""
     names = [
         name
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
+    return _error(names, step, step_was_taken=False)
+
+
+def _error(names: list[str], step: int, step_was_taken: bool) -> RuntimeError:
+    """The error that `names` the parameters whose gradients are not finite in a `step`."""
     where = f"of {names[0]} and {len(names) - 1} other parameters" if names else "as a whole"
+    end = "This step was not taken, checkpoints before it are good."
+    if step_was_taken:
+        end = "The step was taken before that was known, and spoiled the model in memory; all checkpoints are good."
     return RuntimeError(
         f"The gradients {where} are NaN or infinite in optimizer step {step}: lower the learning rate, or go on from "
-        "an earlier checkpoint. This step was not taken, checkpoints before it are good."
+        f"an earlier checkpoint. {end}"
     )
 
 
 class QATCallback(TrainerCallback):
     """Moves the codebooks after every optimizer step of a `Trainer`, and stops it with a `RuntimeError` if it diverges.
 
+    On a CPU it stops before the step is taken. An accelerator is not waited for: what it finds of one step's gradients
+    is read before the next step, and before anything is evaluated or saved. The model in memory is then spoiled, and
+    no checkpoint is.
+
     (With fp16 a loss scaler skips steps whose gradients are too large: there nothing is checked.)
     """
 
+    def __init__(self):
+        self.unread: GradientCheck | None = None
+
+    def read(self, step_was_taken: bool = True) -> None:
+        """Raise `RuntimeError` if the last step's gradients were not finite."""
+        check, self.unread = self.unread, None
+        if check is not None:
+            check.require_finite(step_was_taken)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.unread = None
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not args.fp16:
-            check_gradients(model, state.global_step + 1)
+        self.read()
+        if args.fp16:
+            return
+        self.unread = GradientCheck(model, state.global_step + 1)
+        if self.unread.copied is None:  # known already
+            self.read(step_was_taken=False)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         update_codebooks(model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            self.read()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.read()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.read()

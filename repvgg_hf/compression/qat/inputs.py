@@ -50,8 +50,8 @@ class InputFakeQuantize(nn.Module):
     def __init__(self, bits: int, scale: float, zero_point: int):
         super().__init__()
         self.bits, self.highest = bits, 2**bits - 1
-        self.register_buffer("zero_point", torch.tensor(float(zero_point)))
-        scale = torch.tensor(float(scale))
+        self.register_buffer("zero_point", torch.tensor(float(zero_point), dtype=torch.float32))
+        scale = torch.tensor(float(scale), dtype=torch.float32)
         self.register_buffer("unit", power_of_two(scale))
         self.scale = nn.Parameter(scale / self.unit)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...runtime.reparameterization import ReparamConv2d
+from ...runtime.reparameterization import ConvBranch, ReparamConv2d
 from .fake_quantize import FakeQuantize
 from .inputs import InputFakeQuantize
 
@@ -76,9 +76,7 @@ def kernel_shape(layer: nn.Module) -> tuple[int, ...]:
 def make_qat_layer(layer: nn.Module, weight: FakeQuantize, inputs: InputFakeQuantize | None) -> None:
     """Make `layer` compute with its weight, and with its input if `inputs` is given, fake-quantized by these."""
     device = next(layer.parameters()).device
-    for module in layer.modules():
-        if isinstance(module, nn.Conv2d):  # as the rows that are quantized, so that no step has to rearrange them
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    _fuse_channels_last(layer, True)
     layer.__class__ = QAT_CLASSES[type(layer)]
     layer.weight_fake_quant = weight.to(device).train(layer.training)
     layer.input_fake_quant = None if inputs is None else inputs.to(device).train(layer.training)
@@ -86,5 +84,13 @@ def make_qat_layer(layer: nn.Module, weight: FakeQuantize, inputs: InputFakeQuan
 
 def make_float_layer(layer: QATLayer) -> None:
     """Make `layer` compute with its float kernel again."""
+    _fuse_channels_last(layer, False)
     layer.__class__ = FLOAT_CLASSES[type(layer)]
     del layer.weight_fake_quant, layer.input_fake_quant
+
+
+def _fuse_channels_last(layer: nn.Module, choice: bool) -> None:
+    """Choose whether branches of `layer` fuse with the channels last: the rows that are quantized are then a view."""
+    for branch in layer.modules():
+        if isinstance(branch, ConvBranch):
+            branch.fuses_channels_last = choice

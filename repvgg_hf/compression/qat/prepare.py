@@ -1,13 +1,15 @@
 """Putting fake quantizers into a model, reading what they learned, taking them out again."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from ...runtime.new_layers import NewLayer, is_outside_base, warn_of_new_layers
 from ...runtime.quantization_cluster import ClusterConfig
 from ...runtime.reparameterization import ReparamConv2d
-from ..codebooks.weights import QuantizedWeight
+from ..codebooks.weights import QuantizedWeight, quantize_weight
 from .config import QATConfig
 from .fake_quantize import FakeQuantize
 from .inputs import InputFakeQuantize
@@ -57,6 +59,11 @@ def add_quantizers(
         _require_qat_class(name, layer)
     for name, layer in layers.items():
         make_qat_layer(layer, quantizers[name], inputs.get(name))
+    _remember_settings(model, config, qat_config)
+
+
+def _remember_settings(model, config: ClusterConfig, qat_config: QATConfig) -> None:
+    """Keep how `model` is prepared, in itself and for its checkpoints."""
     model.qat_settings = config, qat_config
     model.config.qat_config = {"quantization": config.to_dict(), "training": dataclasses.asdict(qat_config)}
 
@@ -94,6 +101,65 @@ def restore_qat(model, settings: dict) -> None:
         add_quantizers(model, weights, ranges, config, qat_config)
 
 
+def settle_qat(model, source, missing: Iterable[str], mismatched: Iterable[tuple]) -> None:
+    """Prepare anew what a checkpoint gave a restored `model` no or other tensors for: a head for other classes.
+
+    Codebooks are found for the new weights; the range of the inputs stays as it was trained. A head that the checkpoint
+    lacks altogether has no such range, and stays float if `activation_bits` asks for one.
+
+    Args:
+        model: restored by [`restore_qat`], its checkpoint loaded.
+        source: the folder or repository of the checkpoint, for messages.
+        missing: the keys of tensors that the checkpoint lacks.
+        mismatched: `(key, stored shape, model's shape)` of those that it has in another size.
+
+    Raises `ValueError` for a layer that is there in parts: its codebook would be memory with arbitrary contents.
+    """
+    stored = {key: shape for key, shape, _ in mismatched}
+    prepared, left_float = {}, {}
+    for name, layer in qat_layers(model).items():
+        keys = {f"{name}.{key}" for key in layer.state_dict()}
+        absent = keys & set(missing)
+        other = sorted(keys & stored.keys(), key=lambda key: ("_fake_quant." in key, key))
+        if absent == keys and is_outside_base(model, name):
+            chosen = prepared if layer.input_fake_quant is None else left_float
+            chosen[name] = NewLayer(kernel_shape(layer)[0], None)
+        elif absent:
+            raise ValueError(
+                f"{min(absent)} ({len(absent)} tensors of this layer) is not in {source}, a checkpoint of "
+                "quantization-aware training by its config.json: a file is damaged or of another model. Save or "
+                "download it again; for float weights remove qat_config from config.json, then call prepare_qat()."
+            )
+        elif other and "_fake_quant." in other[0]:
+            raise ValueError(
+                f"{other[0]} is {list(stored[other[0]])} in {source}, and its weights are of the model's size: it was "
+                "trained with other bits or another granularity than qat_config in config.json says. Save or download "
+                "both again."
+            )
+        elif other:
+            prepared[name] = NewLayer(kernel_shape(layer)[0], stored[other[0]][0])
+    for name in prepared:
+        _prepare_anew(model, name)
+    for name in left_float:
+        make_float_layer(model.get_submodule(name))
+    config, qat_config = model.qat_settings
+    config.modules_to_not_convert += list(left_float)
+    _remember_settings(model, config, qat_config)
+    warn_of_new_layers(source, prepared, "is prepared anew for quantization-aware training")
+    warn_of_new_layers(source, left_float, "stays float (modules_to_not_convert), as its input has no range")
+
+
+@torch.no_grad()
+def _prepare_anew(model, name: str) -> None:
+    """Give the layer called `name` a fake quantizer for its present weight; that of its input stays."""
+    config, qat_config = model.qat_settings
+    layer = model.get_submodule(name)
+    kernel, inputs = layer.kernel(), layer.input_fake_quant
+    weight = quantize_weight(kernel, config.bits_of(name), config.groups_of(name, kernel.shape[0]), config)
+    make_float_layer(layer)
+    make_qat_layer(layer, config.quantization_method.fake_quantizer(weight, config, qat_config), inputs)
+
+
 def _parse_settings(settings: dict) -> tuple[ClusterConfig, QATConfig]:
     """The configurations in the `qat_config` of a checkpoint's config.json."""
     try:
@@ -119,6 +185,6 @@ def _float_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _empty_weight(name: str, shape: tuple[int, ...], config: ClusterConfig) -> QuantizedWeight:
     """A quantized weight of the form that `config` gives the layer called `name`, without values."""
-    codebook = torch.empty(config.groups_of(name, shape[0]), 2 ** config.bits_of(name))
-    scale = torch.empty(shape[0]) if config.channel_scale else None
+    codebook = torch.empty(config.groups_of(name, shape[0]), 2 ** config.bits_of(name), dtype=torch.float32)
+    scale = torch.empty(shape[0], dtype=torch.float32) if config.channel_scale else None
     return QuantizedWeight(torch.empty(shape, dtype=torch.uint8), codebook, scale)

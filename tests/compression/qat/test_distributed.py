@@ -30,7 +30,7 @@ if kind == "ddp":
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
 else:
     mesh = init_device_mesh("cpu", (2,))
-    parallel = model.to(memory_format=torch.contiguous_format)
+    parallel = model
     for module in [*[block for stage in model.repvgg.encoder.stages for block in stage.layers], model]:
         fully_shard(module, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
