@@ -15,8 +15,8 @@ from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
 from repvgg_hf.training.models import build_processor
-from repvgg_hf.training.pictures import DataArguments
 from repvgg_hf.training.report import print_table, write_json
+from repvgg_hf.training.splits import DataArguments
 
 
 @dataclass

@@ -18,9 +18,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from repvgg_hf.hub import Results, publish, publish_family
 from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
-from repvgg_hf.hub.recipe_figures import benchmark_latency, merge_models, qat_models, quantize_models
+from repvgg_hf.hub.recipe_figures import benchmark_latency, command_of, merge_models, qat_models, quantize_models
 from repvgg_hf.hub.results import read_json
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.report import masked
 
 
 @dataclass
@@ -84,13 +85,13 @@ def gather_results(args: PublishArguments) -> Results | None:
     """The measured figures, from the files that the recipes wrote."""
     if args.results_json is not None:
         return Results.from_json(args.results_json)
-    swept, trained = [[read_json(path) for path in paths] for paths in (args.quantize_json, args.qat_json)]
+    swept, trained = [{path: read_json(path) for path in paths} for paths in (args.quantize_json, args.qat_json)]
     if not swept and not trained:
         return None
     if args.dataset_title is None:
         raise ValueError("Give --dataset_title, the name of the dataset that the figures were measured on.")
-    rows = [row for record in swept for row in quantize_models(record)]
-    rows += [row for record in trained for row in qat_models(record)]
+    rows = [row for path, record in swept.items() for row in quantize_models(record, path)]
+    rows += [row for path, record in trained.items() for row in qat_models(record, path)]
     kernels, histograms = [], []
     if args.train_checkpoint is not None:
         model = AutoModelForImageClassification.from_pretrained(args.train_checkpoint)
@@ -110,18 +111,18 @@ def gather_results(args: PublishArguments) -> Results | None:
             },
             "models": merge_models(rows),
             "description": args.description,
-            "commands": args.commands + [shown(record["command"]) for record in swept + trained],
+            "commands": args.commands + [shown(command_of(record, path)) for path, record in (swept | trained).items()],
             "kernels_before": kernels,
-            "kernels_after": swept[0].get("float_kernels", []) if swept else [],
+            "kernels_after": next(iter(swept.values())).get("float_kernels", []) if swept else [],
             "histograms": histograms,
-            "latency": [row for path in args.benchmark_json for row in benchmark_latency(read_json(path))],
+            "latency": [row for path in args.benchmark_json for row in benchmark_latency(read_json(path), path)],
         }
     )
 
 
 def shown(command: list[str]) -> str:
-    """A recipe's command line as others may see it, with no more than the name of a folder on this machine."""
-    return shlex.join(["python", *(Path(part).name if Path(part).is_absolute() else part for part in command)])
+    """A recipe's command line as others may see it, without secrets, and of a folder on this machine only the name."""
+    return shlex.join(["python", *(Path(part).name if Path(part).is_absolute() else part for part in masked(command))])
 
 
 def copy_card(folder: Path, card_json: Path) -> None:

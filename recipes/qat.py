@@ -6,7 +6,8 @@
         --distillation_weight 0.5 --blend_ratio 0.5 --model_name_or_path ...      # all that helps with few bits
 
 `--output_dir` holds the float model (`float/`), the fused one (`fused/`), the quantized one (`quantized/`), the figures
-(`qat_results.json`) and a checkpoint of the last epoch, from which `--resume_from_checkpoint` goes on.
+(`qat_results.json`) and a checkpoint of the last epoch of each phase, from which `--resume_from_checkpoint` goes on:
+wherever it was killed, to the same weights. It refuses to if data, model or options are not the same.
 """
 
 import subprocess
@@ -28,19 +29,14 @@ from repvgg_hf.compression.qat.config import QATConfig
 from repvgg_hf.compression.qat.distillation import Distillation
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.batches import batches_per_epoch, calibration_images, collate, evaluation_data, training_data
+from repvgg_hf.training.checkpoints import RunFolder, resume_place
 from repvgg_hf.training.loop import PhaseArguments, loss_on_labels, optimizer_steps, predict, train_phase
 from repvgg_hf.training.metrics import accuracies
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor
-from repvgg_hf.training.pictures import (
-    DataArguments,
-    calibration_images,
-    collate,
-    label_names,
-    load_splits,
-    training_data,
-    with_pixel_values,
-)
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
 from repvgg_hf.training.report import print_table, quantization_fields, write_json
+from repvgg_hf.training.run_record import run_record
+from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 
@@ -118,7 +114,7 @@ def check_options(args: QATArguments, quantization: QuantizationOptions, qat_con
 
 def total_steps(images: int, processes: int, args: QATArguments) -> int:
     """The optimizer steps of quantization-aware training on so many images."""
-    batches = -(-images // (args.per_device_train_batch_size * processes))
+    batches = batches_per_epoch(images, args.per_device_train_batch_size, processes)
     return args.num_train_epochs * optimizer_steps(batches, args)
 
 
@@ -139,7 +135,8 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments
     )
     check_options(args, quantization, qat_config)
-    output_dir = Path(args.output_dir)
+    check_source(model_args.model_name_or_path, model_args.dequantize)
+    output_dir, resume = Path(args.output_dir), resume_place(args.resume_from_checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,  # one scheduler step per optimizer step, whatever the number of processes
@@ -148,32 +145,46 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     if args.report_to != "none":
         accelerator.init_trackers("qat", {"bits": quantization.bits, "granularity": quantization.granularity})
-    set_seed(args.seed)
 
     splits = load_splits(data_args, seed=args.seed)
-    processor = build_processor(model_args.model_name_or_path, data_args)
-    train_data = training_data(splits["train"], data_args, processor)
-    validation_set = with_pixel_values(splits["validation"], data_args, processor, train=False)
+    set_seed(args.seed)  # each part of the run begins with a seed: what was done before it leaves no trace
+    model = build_model(model_args, splits["train"].classes, data_args.labels_by_position)
+    splits = align_splits(splits, model.config, data_args)
+    processor = build_processor(model_args.model_name_or_path, data_args, model_args.num_channels)
+    train_data = (training_data(splits["train"], data_args, processor), collate)
+    validation_set = evaluation_data(splits["validation"], data_args, processor, cache=True)
     validation = DataLoader(validation_set, args.per_device_eval_batch_size, collate_fn=collate)
     some_batches = [batch["pixel_values"] for batch, _ in zip(validation, range(RELOADED_BATCHES))]
     validation = accelerator.prepare(validation)
-    labels = np.array(splits["validation"][data_args.label_column_name])
+    labels = splits["validation"].labels
+
+    # computing a loss would set it, which a run that is resumed after its last epoch does not do
+    model.config.problem_type = "single_label_classification"
+    as_evaluated = evaluation_data(splits["train"], data_args, processor)
+    record = run_record(
+        (model_args, data_args, args, quantization, qat_config),
+        model,
+        processor,
+        {"training": (as_evaluated, splits["train"].labels), "validation": (validation_set, labels)},
+        number_of_processes=accelerator.num_processes,
+        mixed_precision=accelerator.mixed_precision,
+    )
+    run = RunFolder(accelerator, output_dir, record, resume)
 
     # 1. a float model with branches
     finished = output_dir / "float"
-    if not (args.resume_from_checkpoint and (finished / "config.json").exists()):
-        model = build_model(model_args, label_names(splits["train"], data_args))
+    if "float" not in run.finished:
         if model_args.model_name_or_path is None:
             rate, epochs = args.float_learning_rate, args.num_float_epochs
-            model = train_phase(accelerator, model, train_data, "float", epochs, rate, output_dir, args)
-        save(accelerator, model, finished, processor)
+            model = train_phase(accelerator, model, train_data, "float", epochs, rate, run, args)
+        run.save_model("float", model, processor)
     # loaded in any case: a resumed run shall go on from the same memory layout, on which the last bits of sums depend
     model = AutoModelForImageClassification.from_pretrained(finished)
     float_logits = predict(accelerator, model, validation)
 
     # 2. the same, fused: what is quantized, and what a float deployment would ship
     fused = AutoModelForImageClassification.from_pretrained(finished).reparameterize()
-    save(accelerator, fused, output_dir / "fused", processor)
+    run.save_model("fused", fused, processor)
     fused_logits = predict(accelerator, fused, validation)
 
     # 3. train on with quantized weights, still with branches
@@ -190,14 +201,15 @@ def main(arguments: list[str] | None = None) -> dict:
     if args.blend_ratio:
         steps = total_steps(len(train_data[0]), accelerator.num_processes, args)
         qat_config = replace(qat_config, blend_steps=round(args.blend_ratio * steps))
+    set_seed(args.seed)
     model.prepare_qat(ClusterConfig(**asdict(quantization)), qat_config=qat_config, **calibration)
     epochs, rate, loss = args.num_train_epochs, args.learning_rate, loss_of(distillation)
-    model = train_phase(accelerator, model, train_data, "qat", epochs, rate, output_dir, args, loss)
+    model = train_phase(accelerator, model, train_data, "qat", epochs, rate, run, args, loss)
     qat_logits = predict(accelerator, model, validation)
 
     # 4. freeze, pack, save
     model.quantize()
-    save(accelerator, model, output_dir / "quantized", processor)
+    run.save_model("quantized", model, processor)
     quantized_logits = predict(accelerator, model, validation)
 
     rows = []
@@ -248,14 +260,6 @@ def loss_of(distillation: Distillation):
 def largest_difference(logits: np.ndarray, reference: np.ndarray | None) -> float | None:
     """The largest difference of logits `[images, classes]` from those of a reference, which may be of more images."""
     return None if reference is None else float(np.abs(logits - reference[: len(logits)]).max())
-
-
-def save(accelerator: Accelerator, model, folder: Path, processor) -> None:
-    """Save the model and its image processor, from the main process only."""
-    if accelerator.is_main_process:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

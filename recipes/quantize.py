@@ -27,10 +27,11 @@ from repvgg_hf.recipes.peers import PeerMethod, peer_methods
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
 from repvgg_hf.runtime.quantization_methods import METHODS
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.batches import calibration_images, collate
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
-from repvgg_hf.training.models import build_processor
-from repvgg_hf.training.pictures import DataArguments, calibration_images, collate, load_splits
+from repvgg_hf.training.models import build_processor, dequantize_field, load_float
 from repvgg_hf.training.report import print_table, quantization_fields, write_json
+from repvgg_hf.training.splits import DataArguments, load_splits
 
 TABLE = ("model", "top1", "top5", "loss", "bytes", "bits_per_weight", "seconds")
 # what calibration adds, in this order, and what each is when it is off
@@ -42,6 +43,7 @@ class QuantizeArguments:
     """Options that say what to quantize, and what to make of it."""
 
     model_name_or_path: str = field(metadata={"help": "A float checkpoint, with branches or fused: folder or Hub id."})
+    dequantize: bool = dequantize_field()
     output_dir: str = field(default="outputs/quantize", metadata={"help": "Folder for models and figures."})
     calibration_images: int = field(
         default=0, metadata={"help": "Training images, without labels, to calibrate on; 0 for none."}
@@ -238,7 +240,7 @@ def main(arguments: list[str] | None = None) -> dict:
         import_matplotlib()  # or it would be missed at the end
     name, output_dir = args.model_name_or_path, Path(args.output_dir)
 
-    model = AutoModelForImageClassification.from_pretrained(name)
+    model = load_float(name, args.dequantize)
     processor = build_processor(name, data_args)
     dataset = load_evaluation_split(data_args, processor, model.config, evaluation_args.seed)
     batch_size, seed = calibration.calibration_batch_size, evaluation_args.seed

@@ -4,22 +4,28 @@
     python recipes/train.py --dataset_name cifar10 --image_column_name img --image_size 32 ...
     python recipes/train.py my_arguments.json
 
-Stops and resumes like any `Trainer` run (`--resume_from_checkpoint`); the last model and its metrics are in
-`--output_dir`.
+With `--resume_from_checkpoint` it goes on from the last checkpoint that is whole, to the same weights; it refuses to if
+data, model or options are not the same. The last model and its metrics are in `--output_dir`.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.batches import collate, evaluation_data, training_data
+from repvgg_hf.training.checkpoints import check_finite, resume_field, resume_place
 from repvgg_hf.training.metrics import trainer_accuracies
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
 from repvgg_hf.training.optimizer import build_sgd
-from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
 from repvgg_hf.training.report import write_json
+from repvgg_hf.training.run_record import run_record
+from repvgg_hf.training.seeded_batches import SeededBatches
+from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
+from repvgg_hf.training.trainer import ImageTrainer
+from repvgg_hf.training.trainer_checkpoints import RunCallback, find_checkpoint, training_options
 
 
 @dataclass
@@ -57,32 +63,55 @@ class TrainArguments(TrainingArguments):
         default=0,
         metadata={"help": "Seed of all that is random: new weights, the choice of images, order, augmentation."},
     )
+    resume_from_checkpoint: str | None = resume_field()
 
 
 def main(arguments: list[str] | None = None) -> dict:
     (model_args, data_args, train_args), arguments = parse_arguments(
         (ModelArguments, DataArguments, TrainArguments), arguments
     )
-    set_seed(train_args.seed)
+    check_source(model_args.model_name_or_path, model_args.dequantize)
+    resume = resume_place(train_args.resume_from_checkpoint)
 
     splits = load_splits(data_args, seed=train_args.seed)
-    model = build_model(model_args, label_names(splits["train"], data_args))
-    processor = build_processor(model_args.model_name_or_path, data_args)
+    set_seed(train_args.seed)  # the same new weights, whatever loading the images has drawn
+    model = build_model(model_args, splits["train"].classes, data_args.labels_by_position)
+    splits = align_splits(splits, model.config, data_args)
+    # computing a loss would set it, which a run that is resumed after its last epoch does not do
+    model.config.problem_type = "single_label_classification"
+    processor = build_processor(model_args.model_name_or_path, data_args, model_args.num_channels)
+
+    train_data = training_data(splits["train"], data_args, processor)
+    validation_data = evaluation_data(splits["validation"], data_args, processor, cache=True)
+    as_evaluated = {"train": evaluation_data(splits["train"], data_args, processor), "validation": validation_data}
+    record = run_record(
+        (model_args, data_args, training_options(train_args)),
+        model,
+        processor,
+        {name: (as_evaluated[name], split.labels) for name, split in splits.items()},
+        number_of_processes=train_args.world_size,
+    )
+    place = Path(train_args.output_dir) if resume is True else resume
+    checkpoint = find_checkpoint(place, record) if place else None
+    if place and train_args.should_log:
+        print(f"Going on from {checkpoint}." if checkpoint else f"There is no checkpoint in {place}: beginning anew.")
 
     optimizer = None  # Trainer makes it, but its SGD has no momentum
     if train_args.optim == "sgd":
         optimizer = build_sgd(model, train_args.learning_rate, train_args.weight_decay, train_args.momentum)
-    trainer = Trainer(
+    trainer = ImageTrainer(
         model=model,
         args=train_args,
-        train_dataset=with_pixel_values(splits["train"], data_args, processor, train=True),
-        eval_dataset=with_pixel_values(splits["validation"], data_args, processor, train=False),
+        train_dataset=SeededBatches(train_data, train_args.seed),
+        eval_dataset=validation_data,
         data_collator=collate,
         compute_metrics=trainer_accuracies,
         processing_class=processor,
         optimizers=(optimizer, None),
+        callbacks=[RunCallback(record)],
     )
-    trainer.train(resume_from_checkpoint=train_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    check_finite(model)
     trainer.save_model()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -6,6 +6,7 @@
     python -m repvgg_hf.recipes.benchmarks qat                 quantization-aware against float steps, and DKM
     python -m repvgg_hf.recipes.benchmarks quantize            clustering the weights, against four libraries
     python -m repvgg_hf.recipes.benchmarks calibrate           quantizing with calibration images: time and memory
+    python -m repvgg_hf.recipes.benchmarks data                reading and augmenting JPEG files, against torchvision
     python -m repvgg_hf.recipes.benchmarks inference --help    the options of one of them
 
 `python recipes/benchmarks inference` is the same from a checkout. Sides take turns, in a new order each time, and a
@@ -24,8 +25,8 @@ from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 
 import repvgg_hf
-from repvgg_hf.recipes.benchmarks import calibrate, inference, load, qat, quantize, train_step
-from repvgg_hf.training.report import write_json
+from repvgg_hf.recipes.benchmarks import calibrate, data, inference, load, qat, quantize, train_step
+from repvgg_hf.training.report import masked, write_json
 
 BENCHMARKS = {
     "inference": (inference.InferenceArguments, inference.run),
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "qat": (qat.QATArguments, qat.run),
     "quantize": (quantize.QuantizeArguments, quantize.run),
     "calibrate": (calibrate.CalibrateArguments, calibrate.run),
+    "data": (data.DataBenchmarkArguments, data.run),
 }
 
 
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> dict:
     (args,) = parser.parse_args_into_dataclasses(arguments[1:])
     set_seed(args.seed)
 
-    command = ["recipes/benchmarks", *arguments]
+    command = ["recipes/benchmarks", *masked(arguments)]
     record = {"benchmark": name, "command": command, "seed": args.seed, **machine(args.device), "runs": run(args)}
     show(record)
     write_json(args.output_json or f"outputs/benchmarks/{name}.json", record)

@@ -16,17 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from repvgg_hf.analysis import bits_per_weight
 from repvgg_hf.compression.ptq.config import CalibrationConfig
 from repvgg_hf.recipes.peers import PeerMethod, peer_methods
 from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkpoints
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.batches import calibration_images, evaluation_data
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model
 from repvgg_hf.training.models import build_processor
-from repvgg_hf.training.pictures import DataArguments, calibration_images, load_splits, with_pixel_values
 from repvgg_hf.training.report import write_json
+from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 
 PLAIN = {"error_compensation": False, "bias_correction": False}
 CHANNEL = {"granularity": "per_channel"}
@@ -157,13 +158,13 @@ def main(arguments: list[str] | None = None) -> dict:
         record["models"] = json.loads(path.read_text())["models"]
     processor = build_processor(next(iter(checkpoints.values()))[0], data_args)
     splits = load_splits(data_args, seed=seed)
-    # a list, so that each image is decoded once for all models
-    evaluation_set = list(with_pixel_values(splits["validation"], data_args, processor, train=False))
     calibration_set = calibration_images(splits["train"], study.calibration_images, data_args, processor, seed)
     images = torch.stack([example["pixel_values"] for example in calibration_set])
-    record["images"] = len(evaluation_set)
+    record["images"] = len(splits["validation"])
     for name, (folder, network) in checkpoints.items():
         results = record["models"].setdefault(name, {})
+        aligned = align_splits(splits, AutoConfig.from_pretrained(folder), data_args)["validation"]
+        evaluation_set = evaluation_data(aligned, data_args, processor, cache=True)
         for key, line in lines(study, images).items():
             if key not in results:
                 figures = measure(folder, line.quantize, evaluation_set, evaluation_args)

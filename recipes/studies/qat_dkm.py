@@ -9,25 +9,18 @@ scikit-learn for the start (its own takes minutes on a CPU), all else as coremlt
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from repvgg_hf.recipes.peers import peer_methods
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.batches import collate, evaluation_data, training_data
 from repvgg_hf.training.loop import PhaseArguments, predict, train_phase
 from repvgg_hf.training.metrics import accuracies
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor
-from repvgg_hf.training.pictures import (
-    DataArguments,
-    collate,
-    label_names,
-    load_splits,
-    training_data,
-    with_pixel_values,
-)
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
 from repvgg_hf.training.report import print_table, quantization_fields, write_json
+from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 
 TABLE = ("model", "top1", "top5", "images", "bytes", "bits_per_weight")
 
@@ -54,14 +47,16 @@ def main(arguments: list[str] | None = None) -> dict:
 
     accelerator = Accelerator(step_scheduler_with_optimizer=False)
     set_seed(args.seed)
+    check_source(model_args.model_name_or_path, model_args.dequantize)
     splits = load_splits(data_args, seed=args.seed)
+    model = build_model(model_args, splits["train"].classes, data_args.labels_by_position)
+    splits = align_splits(splits, model.config, data_args)
     processor = build_processor(model_args.model_name_or_path, data_args)
-    train_data = training_data(splits["train"], data_args, processor)
-    validation_set = with_pixel_values(splits["validation"], data_args, processor, train=False)
+    train_data = (training_data(splits["train"], data_args, processor), collate)
+    validation_set = evaluation_data(splits["validation"], data_args, processor, cache=True)
     validation = accelerator.prepare(DataLoader(validation_set, args.per_device_eval_batch_size, collate_fn=collate))
-    labels = np.array(splits["validation"][data_args.label_column_name])
+    labels = splits["validation"].labels
 
-    model = build_model(model_args, label_names(splits["train"], data_args))
     float_logits = predict(accelerator, model, validation)
     weights = sum(p.numel() for p in model.reparameterize().parameters() if p.dim() > 1)
     prepared, palettizer = prepare_dkm(model, args.bits, **SCALE)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
+from repvgg_hf.training.report import SECRET_OPTION, masked
+
 
 @dataclass
 class RunArguments:
@@ -21,9 +23,16 @@ class RunArguments:
 
 
 def parse_arguments(dataclasses: tuple, arguments: list[str] | None) -> tuple[tuple, list[str]]:
-    """Return (instances of `dataclasses`, the arguments as given). `None` takes the process's own arguments."""
+    """Return (instances of `dataclasses`, the arguments as a record may show them: with secrets masked).
+
+    `None` takes the process's own arguments.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(dataclasses)
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         return parser.parse_json_file(arguments[0]), arguments
-    return parser.parse_args_into_dataclasses(arguments), arguments
+    parsed = parser.parse_args_into_dataclasses(arguments)
+    fields = {name: value for instance in parsed for name, value in vars(instance).items()}
+    # options may be shortened, so that the name that was given says nothing
+    secrets = [value for name, value in fields.items() if SECRET_OPTION.fullmatch(f"--{name}")]
+    return parsed, masked(arguments, [value for value in secrets if isinstance(value, str)])

@@ -1,68 +1,179 @@
-"""The whole state of a training run on disk: saved so that an interruption leaves a complete one."""
+"""The output folder of a run that may be killed at any time: what it has finished, and what it goes on from."""
 
 import json
 import shutil
+from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from transformers.hf_argparser import string_to_bool
+
+from repvgg_hf.training.report import write_json
+from repvgg_hf.training.run_record import check_same_run, file_digest
+
+RECORD = "run.json"  # in the folder of a state: the record of the run that it belongs to
 
 
-def save_state(
-    accelerator: Accelerator, checkpoint: Path, settings: dict | None = None, average: AveragedModel | None = None
-) -> None:
-    """Save the state of all that `accelerator` prepared in the folder `checkpoint`.
-
-    It is written beside the one before, which is removed last. `settings` are the model's `config.qat_config`,
-    `average` is its moving average, if there is one.
-    """
-    new, old = checkpoint.with_name(checkpoint.name + ".new"), checkpoint.with_name(checkpoint.name + ".old")
-    accelerator.save_state(new)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (new / "qat_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        if average is not None:
-            torch.save(average.state_dict(), new / "average.pt")
-        shutil.rmtree(old, ignore_errors=True)
-        if checkpoint.exists():
-            checkpoint.rename(old)
-        new.rename(checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def find_state(accelerator: Accelerator, checkpoint: Path) -> bool:
-    """Whether there is a state in `checkpoint`; one that an interrupted `save_state` had set aside is put back."""
-    old = checkpoint.with_name(checkpoint.name + ".old")
-    if accelerator.is_main_process and not checkpoint.exists() and old.exists():
-        old.rename(checkpoint)
-    accelerator.wait_for_everyone()
-    return checkpoint.exists()
-
-
-def load_state(
-    accelerator: Accelerator, checkpoint: Path, settings: dict | None, average: AveragedModel | None
-) -> None:
-    """Load what `save_state` wrote. Raises `ValueError` if it was saved with other quantization settings."""
-    _check_settings(checkpoint, settings)
-    accelerator.load_state(checkpoint)
-    if average is not None:
-        average.load_state_dict(torch.load(checkpoint / "average.pt", map_location=accelerator.device))
-
-
-def _check_settings(checkpoint: Path, settings: dict | None) -> None:
-    saved = json.loads((checkpoint / "qat_config.json").read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(settings))
-    if saved == wanted:
-        return
-    parts = [(part, key) for part in wanted or {} for key in wanted[part]] if saved and wanted else []
-    differing = [
-        f"{key}={saved[part].get(key)!r}, now {wanted[part][key]!r}"
-        for part, key in parts
-        if saved[part].get(key) != wanted[part][key]
-    ]
-    raise ValueError(
-        f"The checkpoint {checkpoint} was trained with other quantization options ({'; '.join(differing) or 'none'}): "
-        "give the same ones to go on, or another --output_dir to begin anew."
+def resume_field() -> Any:
+    """The field of the option `--resume_from_checkpoint`, which all recipes that train have alike."""
+    text = (
+        "Go on from the last checkpoint in --output_dir, if there is one (alone or with True), or from the one in this "
+        "folder."
     )
+    return field(default=None, metadata={"help": text, "nargs": "?", "const": "True"})
+
+
+def resume_place(value: str | bool | None) -> bool | Path:
+    """What `--resume_from_checkpoint` says: whether to go on, or where from.
+
+    Raises `ValueError` for a path where there is no folder.
+    """
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    try:
+        return string_to_bool(value)
+    except Exception:  # an ArgumentTypeError: it is a path
+        pass
+    if not Path(value).is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint {value} is no folder: give that of a checkpoint, or nothing for the last one in "
+            "--output_dir."
+        )
+    return Path(value)
+
+
+class RunFolder:
+    """The folder that a run saves its models and the states of its training in.
+
+    A model `<name>` lies in `folder/<name>/`. It is *finished* when its marker `folder/checkpoint/<name>.json` is
+    there, which is written last, and names the files and their checksums. The state of a phase of training lies in
+    `folder/checkpoint/<phase>/`. Markers and states hold the record of their run, and serve no other one.
+
+    Args:
+        accelerator (`Accelerator`): the run's.
+        folder (`str` or `Path`): the run's `--output_dir`.
+        record (`dict`): the run's record, see `run_record`.
+        resume (`bool` or `Path`): whether to use what is there. A path must be `folder` or lie in it.
+
+    Raises `ValueError` if all that is there belongs to other runs, naming what differs.
+
+    Attributes:
+        finished (`set[str]`): names of the models that were there when the run began.
+        states (`set[str]`): names of the phases whose states were there.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: str | Path, record: dict, resume: bool | Path):
+        self.accelerator, self.folder, self.checkpoint = accelerator, Path(folder), Path(folder) / "checkpoint"
+        self.record = record
+        self.finished: set[str] = set()
+        self.states: set[str] = set()
+        if resume is False:
+            return
+        if isinstance(resume, Path) and not resume.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(
+                f"--resume_from_checkpoint {resume} is not in --output_dir {folder}: a run goes on where it was, from "
+                f"the last state there. Give its folder as --output_dir."
+            )
+        if accelerator.is_main_process:
+            self._recover()
+        accelerator.wait_for_everyone()
+        self._find()
+        accelerator.wait_for_everyone()  # nobody writes while another still looks
+        there = ", ".join(sorted(self.finished) + [f"the state of {phase}" for phase in sorted(self.states)])
+        accelerator.print(f"{folder}: going on with {there}" if there else f"{folder}: nothing to go on from")
+
+    def save_model(self, name: str, model, processor) -> None:
+        """Save the model `name` with its image processor, if it is not finished; from the main process only."""
+        if name in self.finished:
+            return
+        if self.accelerator.is_main_process:
+            folder = self.folder / name
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+            write_json(self.checkpoint / f"{name}.json", {"files": files, "run": self.record})
+        self.accelerator.wait_for_everyone()
+
+    def save_state(self, phase: str, average: AveragedModel | None = None) -> None:
+        """Save the state of all that the accelerator prepared.
+
+        It is written beside the one before, which is removed last. `average` is the model's moving average.
+        """
+        state, new, old = (self.checkpoint / f"{phase}{suffix}" for suffix in ("", ".new", ".old"))
+        if self.accelerator.is_main_process:
+            shutil.rmtree(new, ignore_errors=True)  # of an interrupted run
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(new)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if average is not None:
+                torch.save(average.state_dict(), new / "average.pt")
+            write_json(new / RECORD, self.record)
+            shutil.rmtree(old, ignore_errors=True)
+            if state.exists():
+                state.rename(old)
+            new.rename(state)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load_state(self, phase: str, average: AveragedModel | None = None) -> None:
+        """Load what `save_state` wrote."""
+        state = self.checkpoint / phase
+        self.accelerator.load_state(state)
+        if average is not None:
+            # torch.load takes no "cpu:0", the device of several processes on the CPU
+            average.load_state_dict(torch.load(state / "average.pt", map_location="cpu"))
+
+    def _recover(self) -> None:
+        """Put back states that an interrupted `save_state` had set aside, and remove what it had not completed."""
+        for old in self.checkpoint.glob("*.old"):
+            if not old.with_suffix("").exists():
+                old.rename(old.with_suffix(""))
+            shutil.rmtree(old, ignore_errors=True)
+        for new in self.checkpoint.glob("*.new"):
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _find(self) -> None:
+        markers = {path: _read(path) for path in self.checkpoint.glob("*.json")}
+        records = {path: marker["run"] for path, marker in markers.items()}
+        records |= {path: _read(path) for path in self.checkpoint.glob(f"*/{RECORD}")}
+        ours = [path for path, record in records.items() if record == self.record]
+        if records and not ours:
+            latest = max(records, key=lambda path: path.stat().st_mtime)
+            check_same_run(records[latest], self.record, f"What {self.folder} holds")
+        self.states = {path.parent.name for path in ours if path.name == RECORD}
+        for path in ours:
+            if path in markers and self._is_whole(path.stem, markers[path]["files"]):
+                self.finished.add(path.stem)
+
+    def _is_whole(self, name: str, files: dict[str, str]) -> bool:
+        paths = {self.folder / name / file: digest for file, digest in files.items()}
+        changed = [path for path, digest in paths.items() if not path.is_file() or file_digest(path) != digest]
+        if changed:
+            self.accelerator.print(f"{changed[0]} is not as this run saved it: {name} is made again.")
+        return not changed
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `RuntimeError` that names them if parameters or buffers are NaN or infinite: the training diverged."""
+    names = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if names:
+        raise RuntimeError(
+            f"{names[0]} and {len(names) - 1} other tensors of the model are NaN or infinite: the training has "
+            "diverged, and nothing more is saved. Lower the learning rate and begin anew."
+        )
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to go on without what it belongs to.") from error

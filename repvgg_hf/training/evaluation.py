@@ -6,8 +6,9 @@ import numpy as np
 from transformers import Trainer, TrainingArguments
 
 from repvgg_hf.training.arguments import RunArguments
+from repvgg_hf.training.batches import collate, evaluation_data
 from repvgg_hf.training.metrics import trainer_accuracies
-from repvgg_hf.training.pictures import DataArguments, collate, label_names, load_splits, with_pixel_values
+from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 
 
 @dataclass
@@ -18,15 +19,10 @@ class EvaluationArguments(RunArguments):
 
 
 def load_evaluation_split(data_args: DataArguments, processor, config, seed: int):
-    """The evaluation images for a model. Raises `ValueError` if the dataset's classes are not the model's."""
-    split = load_splits(data_args, seed=seed, train=False)["validation"]
-    names = label_names(split, data_args)
-    if len(names) != config.num_labels:
-        raise ValueError(
-            f"The model has {config.num_labels} classes, the dataset {len(names)}: evaluate on the dataset that the "
-            "model was trained on, or choose another --label_column_name."
-        )
-    return with_pixel_values(split, data_args, processor, train=False)
+    """The evaluation images for a model, with its labels. Raises `ValueError` if the classes are not the model's."""
+    splits = load_splits(data_args, seed=seed, train=False)
+    split = align_splits(splits, config, data_args)["validation"]
+    return evaluation_data(split, data_args, processor, cache=True)
 
 
 def evaluate_model(model, dataset, args: EvaluationArguments) -> tuple[dict[str, float], np.ndarray]:

@@ -1,13 +1,14 @@
 """A training loop on Accelerate, for float and quantization-aware phases alike."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -15,7 +16,8 @@ from transformers import get_cosine_schedule_with_warmup
 import repvgg_hf
 from repvgg_hf.compression.qat.callback import diverged
 from repvgg_hf.training.arguments import RunArguments
-from repvgg_hf.training.checkpoints import find_state, load_state, save_state
+from repvgg_hf.training.batches import leaves_one_image
+from repvgg_hf.training.checkpoints import RunFolder, check_finite, resume_field
 from repvgg_hf.training.optimizer import build_sgd, moving_average
 
 
@@ -37,9 +39,7 @@ class PhaseArguments(RunArguments):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Save memory by a second forward pass instead of stored activations."}
     )
-    resume_from_checkpoint: bool = field(
-        default=False, metadata={"help": "Go on from the last epoch that --output_dir has a checkpoint of."}
-    )
+    resume_from_checkpoint: str | None = resume_field()
 
 
 class TimedLoader:
@@ -69,6 +69,11 @@ def optimizer_steps(batches: int, args: PhaseArguments) -> int:
     return -(-batches // args.gradient_accumulation_steps)
 
 
+def phase_seed(seed: int, phase: str) -> int:
+    """The seed of a phase: each has its own, so that one that was done before an interruption leaves no trace."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {phase}".encode()).digest()[:4], "big") >> 1
+
+
 def train_phase(
     accelerator: Accelerator,
     model,
@@ -76,37 +81,43 @@ def train_phase(
     phase: str,
     epochs: int,
     learning_rate: float,
-    output_dir: Path | None,
+    run: RunFolder | None,
     args: PhaseArguments,
     loss_of: Callable = loss_on_labels,
 ):
     """Train `model` for `epochs` with SGD, a short warm-up and a cosine decay; returns it, unwrapped.
 
-    `data` is a dataset and its `collate_fn`, `loss_of(model, batch)` the loss. After each epoch the whole state is in
-    `output_dir / "checkpoint" / phase`, if a folder is given. Gradients that are not finite stop the training with a
-    `RuntimeError` that names step and parameter, before the optimizer uses them. Raises `ValueError` if the state to
-    go on from was saved with other quantization settings.
+    `data` is a dataset and its `collate_fn`, `loss_of(model, batch)` the loss. After each epoch the whole state is
+    saved in the folder `run`, if there is one, and the phase goes on from a state that was there when the run began.
+    All that is random depends on `args.seed`, the phase's name and the number of processes alone. Gradients that are
+    not finite stop the training with a `RuntimeError` that names step and parameter, before the optimizer uses them,
+    and so do weights at its end.
     """
     dataset, collate = data
+    batch_size = args.per_device_train_batch_size
+    drop_last = leaves_one_image(len(dataset), batch_size, accelerator.num_processes)
     loader = DataLoader(
-        dataset, args.per_device_train_batch_size, shuffle=True, collate_fn=collate, drop_last=False,
+        dataset, batch_size, shuffle=True, collate_fn=collate, drop_last=drop_last,
         num_workers=args.dataloader_num_workers,
     )  # fmt: skip
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    settings = model.config.qat_config
     optimizer = build_sgd(model, learning_rate, args.weight_decay, args.momentum)
     average = moving_average(model, args.ema_decay, accelerator.device) if args.ema_decay else None
+    seed = phase_seed(args.seed, phase)
+    set_seed(seed, device_specific=True)  # each process augments its images in its own way
+    # the order of the images comes from a generator of its own: that of all processes is one, and can be resumed
+    accelerator.dataloader_config.use_seedable_sampler = True
+    accelerator.dataloader_config.data_seed = seed
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     bare = accelerator.unwrap_model(model)
     steps_per_epoch = optimizer_steps(len(loader), args)
     steps = epochs * steps_per_epoch
     scheduler = accelerator.prepare(get_cosine_schedule_with_warmup(optimizer, steps // 20, steps))
 
-    checkpoint = None if output_dir is None else output_dir / "checkpoint" / phase
     step = 0
-    if checkpoint and args.resume_from_checkpoint and find_state(accelerator, checkpoint):
-        load_state(accelerator, checkpoint, settings, average)
+    if run is not None and phase in run.states:
+        run.load_state(phase, average)
         step = scheduler.scheduler.last_epoch
         accelerator.print(f"{phase}: going on after step {step} of {steps}")
 
@@ -123,7 +134,8 @@ def train_phase(
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     if accelerator.scaler is None and not norm.isfinite():  # a scaler skips such steps itself
-                        raise RuntimeError(f"{diverged(bare, step + 1)} The last one is {checkpoint or 'not saved'}.")
+                        last = "not saved" if run is None else run.checkpoint / phase
+                        raise RuntimeError(f"{diverged(bare, step + 1)} The last one is {last}.")
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -146,14 +158,16 @@ def train_phase(
             f"{figures['share_of_time_waiting_for_data']:.1%} of the time waiting for data"
         )
         accelerator.log({f"{phase}_{name}": value for name, value in figures.items()}, step=epoch + 1)
-        if checkpoint:
-            save_state(accelerator, checkpoint, settings, average)
+        check_finite(bare)
+        if run is not None:
+            run.save_state(phase, average)
     bar.close()
     # without the wrappers of autocast and compilation, which would stay on its forward method
     unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     accelerator.free_memory()  # forget this phase's optimizer and scheduler
     if average is not None:
         unwrapped.load_state_dict(average.module.state_dict())
+    check_finite(unwrapped)
     if args.gradient_checkpointing:
         unwrapped.gradient_checkpointing_disable()
     return unwrapped

@@ -2,10 +2,24 @@
 
 from dataclasses import dataclass, field
 
+from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
-from repvgg_hf.training.pictures import DataArguments, make_processor
+from repvgg_hf.training.labels import are_places, match_classes
+from repvgg_hf.training.processors import make_processor, with_size
+from repvgg_hf.training.splits import DataArguments, model_classes
+
+
+def dequantize_field():
+    """The option `--dequantize`, for recipes that need a float model."""
+    return field(
+        default=False,
+        metadata={
+            "help": "Start from the float weights that a quantized checkpoint decodes to, in a fused model, as its "
+            "codes don't train."
+        },
+    )
 
 
 @dataclass
@@ -29,38 +43,91 @@ class ModelArguments:
     strides: list[int] | None = field(
         default=None, metadata={"help": "For a new model: stride of each stage; by default 1 and then 2s."}
     )
+    num_channels: int = field(
+        default=3, metadata={"help": "For a new model: channels of its images, 3, or 1 for gray ones."}
+    )
     oabn: bool = field(default=True, metadata={"help": "For a new model: outlier-aware batch normalization."})
     oabn_threshold: float = field(
         default=6.0,
         metadata={"help": "For a new model: the bound of OABN, in standard deviations of the 3x3 branch's entries."},
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Train a new classifier if the checkpoint's has another number of classes."}
+        default=False, metadata={"help": "Train a new classifier if the checkpoint's has other classes."}
     )
+    dequantize: bool = dequantize_field()
 
 
-def build_model(args: ModelArguments, labels: list[str]):
-    """The model to train, with `labels` as its classes. Raises `ValueError` if a checkpoint has another number."""
+def check_source(name: str | None, dequantize: bool) -> None:
+    """Raise `ValueError` if a recipe that needs float weights can't start from the checkpoint called `name`.
+
+    It reads the configuration only: a recipe calls it before any work. `None` is a new model.
+    """
+    config = None if name is None else RepVGGConfig.from_pretrained(name)
+    quantized = getattr(config, "quantization_config", None)
+    if dequantize and not quantized:
+        found = "a new model is float" if name is None else f"{name} is a float checkpoint"
+        raise ValueError(f"--dequantize True is for a quantized checkpoint, and {found}: leave the option out.")
+    if quantized and not dequantize:
+        raise ValueError(
+            f"{name} is quantized to {quantized['bits']} bits, and codes neither train nor are quantized again: pass "
+            "--dequantize True to start from the float weights that they decode to, or give the float checkpoint that "
+            "it was made of."
+        )
+    if config is not None and config.qat_config is not None:
+        raise ValueError(
+            f"{name} is a checkpoint of quantization-aware training, which this recipe does not go on with: give the "
+            "float checkpoint that it began from, or go on with the run that saved it (--resume_from_checkpoint)."
+        )
+
+
+def load_float(name: str, dequantize: bool, **arguments):
+    """Load the classifier called `name` in float; `arguments` are those of `from_pretrained`.
+
+    Raises what [`check_source`] does.
+    """
+    check_source(name, dequantize)
+    model = AutoModelForImageClassification.from_pretrained(name, **arguments)
+    return model.dequantize() if dequantize else model
+
+
+def build_model(args: ModelArguments, labels: list[str], by_position: bool = False):
+    """The model to train on a dataset with the classes `labels`.
+
+    A checkpoint keeps its own classes, names and order, to which `align_splits` brings the dataset's labels; if they
+    are only numbered it takes the dataset's names. Raises `ValueError` that lists both sides if they don't match (see
+    `match_classes`); with `--ignore_mismatched_sizes` the checkpoint then gets a new classifier.
+    """
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    check_source(args.model_name_or_path, args.dequantize)
     if args.model_name_or_path is None:
         return RepVGGForImageClassification(new_config(args, names))
-    config = RepVGGConfig.from_pretrained(args.model_name_or_path)
-    if config.num_labels != len(labels) and not args.ignore_mismatched_sizes:
-        raise ValueError(
-            f"{args.model_name_or_path} has {config.num_labels} classes, the dataset {len(labels)}: choose another "
-            "dataset or label column, or pass --ignore_mismatched_sizes to train a new classifier."
-        )
-    return AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **names
-    )
+    name = args.model_name_or_path
+    config = RepVGGConfig.from_pretrained(name)
+    own = model_classes(config)
+    try:
+        match_classes(own, labels, by_position=by_position, all_needed=True)
+    except ValueError as error:
+        if not args.ignore_mismatched_sizes:
+            raise ValueError(
+                f"{name} has other classes: {error} Or pass --ignore_mismatched_sizes True to train a new classifier."
+            ) from error
+        model = load_float(name, args.dequantize, ignore_mismatched_sizes=True, **names)
+        if config.num_labels == len(labels):  # loading has kept the classifier of the other classes
+            model.classifier = nn.Linear(model.classifier.in_features, len(labels), dtype=model.classifier.weight.dtype)
+            model._init_weights(model.classifier)
+        return model
+    if are_places(own) and len(own) == len(labels):
+        return load_float(name, args.dequantize, **names)
+    return load_float(name, args.dequantize)
 
 
 def new_config(args: ModelArguments, names: dict) -> RepVGGConfig:
     """The configuration of a new model, with the label `names`."""
     oabn = {"oabn": args.oabn, "oabn_threshold": args.oabn_threshold}
     if args.variant is not None:
-        return RepVGGConfig.from_variant(args.variant, **oabn, **names)
+        return RepVGGConfig.from_variant(args.variant, num_channels=args.num_channels, **oabn, **names)
     return RepVGGConfig(
+        num_channels=args.num_channels,
         stem_hidden_size=args.stem_hidden_size,
         hidden_sizes=args.hidden_sizes,
         depths=args.depths,
@@ -71,10 +138,25 @@ def new_config(args: ModelArguments, names: dict) -> RepVGGConfig:
     )
 
 
-def build_processor(model_name_or_path: str | None, data: DataArguments):
-    """The checkpoint's image processor, or a new one of `--image_size`. Raises `ValueError` without either."""
-    if model_name_or_path is not None and data.image_size is None:
-        return AutoImageProcessor.from_pretrained(model_name_or_path)
-    if data.image_size is None and data.dataset_name != "digits":
-        raise ValueError("Give --image_size, the side in pixels of the images that the model shall see.")
-    return make_processor(data.image_size or 8)
+def build_processor(model_name_or_path: str | None, data: DataArguments, channels: int = 3):
+    """The checkpoint's image processor, at `--image_size` and `--crop_ratio` if given, or a new one of them.
+
+    `channels` are those of a new model. Raises `ValueError` without a size.
+    """
+    if model_name_or_path is None:
+        if data.image_size is None and data.dataset_name != "digits":
+            raise ValueError("Give --image_size, the side in pixels of the images that the model shall see.")
+        return make_processor(data.image_size or 8, data.crop_ratio or 1.0, channels)
+    try:
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        if data.image_size is None:
+            raise ValueError(
+                f"{model_name_or_path} has no image processor that can be loaded ({error}): save the one that it was "
+                "trained with there, or give --image_size to prepare images as for a new model."
+            ) from error
+        channels = RepVGGConfig.from_pretrained(model_name_or_path).num_channels
+        return make_processor(data.image_size, data.crop_ratio or 1.0, channels)
+    if data.image_size is None and data.crop_ratio is None:
+        return processor
+    return with_size(processor, data.image_size, data.crop_ratio)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +12,10 @@ from rich.table import Table
 
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
 
+MASK = "***"  # in the place of a secret
+SECRET_OPTION = re.compile(r"--?[\w-]*(token|secret|password|passwd|api[_-]?key|credentials?)", re.IGNORECASE)
+HUB_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
+PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/@\s]+@")  # https://user:password@host
 FIELDS = ("method", "bits", "granularity", "group_size", "channel_scale", "activation_bits")
 
 
@@ -16,9 +23,35 @@ def write_json(path: str | Path, record: dict) -> None:
     """Write `record` to `path`, through a temporary file, so that a reader never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several runs may share the file
+    beginning = f"{path.name}.{platform.node()}-"
+    temporary = path.with_name(f"{beginning}{os.getpid()}.tmp")  # several runs may share the file
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+    for left in path.parent.iterdir():
+        process = left.name.removeprefix(beginning).removesuffix(".tmp")
+        if left.name == f"{beginning}{process}.tmp" and process.isdigit() and not _is_running(int(process)):
+            left.unlink(missing_ok=True)  # of a process of this machine that was killed while it wrote
+
+
+def masked(command: Iterable[str], secrets: Iterable[str] = ()) -> list[str]:
+    """A command as others may see it: with `***` for tokens, passwords and keys.
+
+    These are the values of options whose names say so (`--hub_token X`, `--token=X`), what looks like a token of the
+    Hub or like a password in an address, and all of `secrets`.
+    """
+    shown, follows = [], False
+    for argument in command:
+        for secret in filter(None, secrets):
+            argument = argument.replace(secret, MASK)
+        option, equals, _ = argument.partition("=")
+        is_secret = SECRET_OPTION.fullmatch(option) is not None
+        if follows and not argument.startswith("--"):
+            argument = MASK
+        elif is_secret and equals:
+            argument = f"{option}={MASK}"
+        follows = is_secret and not equals
+        shown.append(PASSWORD.sub(rf"\1{MASK}@", HUB_TOKEN.sub(MASK, argument)))
+    return shown
 
 
 def quantization_fields(config: QuantizationOptions | None) -> dict:
@@ -38,6 +71,18 @@ def print_table(title: str, rows: list[dict]) -> None:
     # a terminal that tells no width (a log file) must not fold the columns
     console = Console()
     Console(width=max(console.width, 120)).print(table)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # there the call below would end it
+        return True
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        pass
+    return True
 
 
 def _format(value) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.recipes import publish as recipe
-from repvgg_hf.training.pictures import make_processor
+from repvgg_hf.training.processors import make_processor
 from repvgg_hf.training.report import quantization_fields
 
 CARDS = Path(__file__).parents[2] / "model_cards"

@@ -29,6 +29,17 @@ def test_the_process_has_arguments_too(monkeypatch):
     assert colors.color == "green" and arguments == ["--color", "green"]
 
 
+def test_secrets_are_not_recorded_however_short_the_option():
+    @dataclass
+    class Upload:
+        hub_token: str | None = None
+        place: str = ""
+
+    given = ["--hub_tok", "s3cret", "--place", "at/s3cret"]
+    (upload,), recorded = parse_arguments((Upload,), given)
+    assert upload.hub_token == "s3cret" and recorded == ["--hub_tok", "***", "--place", "at/***"]
+
+
 def test_an_unknown_key_of_a_file_is_named(tmp_path):
     (tmp_path / "options.json").write_text('{"colour": "blue"}')
     with pytest.raises(ValueError, match="colour"):

@@ -9,9 +9,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from repvgg_hf import RepVGGForImageClassification
-from repvgg_hf.training.checkpoints import find_state, load_state, save_state
+from repvgg_hf.training.batches import collate
 from repvgg_hf.training.loop import PhaseArguments, TimedLoader, loss_on_labels, optimizer_steps, predict, train_phase
-from repvgg_hf.training.pictures import collate
 
 
 @pytest.fixture
@@ -81,21 +80,6 @@ def test_not_finite_gradients_stop_before_the_step(accelerator, images, tiny_con
     with pytest.raises(RuntimeError, match="NaN or infinite in optimizer step 1.* not saved"):
         train(accelerator, model, images, loss_of=lambda model, batch: loss_on_labels(model, batch) * float("nan"))
     assert torch.equal(model.classifier.weight, before)
-
-
-def test_state_is_complete_after_an_interruption(accelerator, tmp_path):
-    layer, settings = torch.nn.Linear(1, 1), {"quantization": {"bits": 2}}
-    prepared = accelerator.prepare(layer)
-    checkpoint = tmp_path / "checkpoint" / "qat"
-    save_state(accelerator, checkpoint, settings)
-    with torch.no_grad():
-        layer.weight.add_(1)
-    checkpoint.rename(checkpoint.with_name("qat.old"))  # killed before the new one took its place
-    assert find_state(accelerator, checkpoint) and not find_state(accelerator, tmp_path / "none")
-    load_state(accelerator, checkpoint, settings, None)
-    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["qat"] and prepared is not None
-    with pytest.raises(ValueError, match=r"other quantization options \(bits=2, now 3\)"):
-        load_state(accelerator, checkpoint, {"quantization": {"bits": 3}}, None)
 
 
 def test_predictions_are_the_models(accelerator, images, tiny_config):

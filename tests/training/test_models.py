@@ -1,9 +1,11 @@
 """The model that a recipe trains, from options or a checkpoint."""
 
 import pytest
+import torch
 
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor
-from repvgg_hf.training.pictures import DataArguments
+from repvgg_hf.training.processors import make_processor
+from repvgg_hf.training.splits import DataArguments
 
 
 def test_a_new_model_has_the_sizes_and_labels_asked_for():
@@ -19,14 +21,49 @@ def test_a_published_variant():
     assert config.hidden_sizes == [48, 96, 192, 1280] and not config.oabn and config.num_labels == 1
 
 
-def test_a_checkpoint_with_other_classes(tmp_path):
-    args = ModelArguments(hidden_sizes=[8], depths=[1], stem_hidden_size=4)
-    build_model(args, ["cat", "dog"]).save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path))
-    with pytest.raises(ValueError, match="has 2 classes, the dataset 3.*--ignore_mismatched_sizes"):
-        build_model(args, ["a", "b", "c"])
+@pytest.fixture
+def checkpoint(tmp_path):
+    """`checkpoint(classes)`: the arguments that start from a tiny model of them, and its classifier."""
+
+    def make(classes, **options):
+        args = ModelArguments(hidden_sizes=[8], depths=[1], stem_hidden_size=4)
+        model = build_model(args, classes)
+        model.save_pretrained(tmp_path)
+        return ModelArguments(model_name_or_path=str(tmp_path), **options), model.classifier.weight
+
+    return make
+
+
+@pytest.mark.parametrize("classes", [["a", "b", "c"], ["cat", "bee"], ["cat"]])
+def test_a_checkpoint_with_other_classes(checkpoint, classes):
+    args, weight = checkpoint(["cat", "dog"])
+    with pytest.raises(ValueError, match=f"has 2 classes, the dataset {len(classes)}.*--ignore_mismatched_sizes"):
+        build_model(args, classes)
     args.ignore_mismatched_sizes = True
-    assert build_model(args, ["a", "b", "c"]).classifier.out_features == 3
+    model = build_model(args, classes)
+    assert model.config.id2label == dict(enumerate(classes))
+    new = model.classifier.weight
+    assert new.shape == (len(classes), 8) and new.isfinite().all() and not torch.isin(new, weight).any()
+
+
+def test_a_checkpoint_keeps_its_names_and_their_order(checkpoint):
+    args, weight = checkpoint(["dog", "cat"])
+    for by_position, classes in ((False, ["cat", "dog"]), (True, ["ox", "ant"])):
+        model = build_model(args, classes, by_position)
+        assert model.config.id2label == {0: "dog", 1: "cat"} and model.config.label2id == {"dog": 0, "cat": 1}
+        assert torch.equal(model.classifier.weight, weight)
+
+
+def test_a_checkpoint_without_names_takes_the_datasets(checkpoint):
+    args, weight = checkpoint(["LABEL_0", "LABEL_1"])
+    model = build_model(args, ["dog", "cat"])
+    assert model.config.id2label == {0: "dog", 1: "cat"} and torch.equal(model.classifier.weight, weight)
+
+
+def test_one_channel():
+    args = ModelArguments(hidden_sizes=[8], depths=[1], stem_hidden_size=4, num_channels=1)
+    assert build_model(args, ["a", "b"])(torch.zeros(1, 1, 8, 8)).logits.shape == (1, 2)
+    assert len(build_processor(None, DataArguments(), channels=1).image_mean) == 1
 
 
 def test_processor():
@@ -34,3 +71,14 @@ def test_processor():
     assert build_processor(None, DataArguments(dataset_name="x", image_size=32)).crop_size["height"] == 32
     with pytest.raises(ValueError, match="Give --image_size"):
         build_processor(None, DataArguments(dataset_name="x"))
+
+
+def test_a_checkpoints_processor_keeps_all_but_the_size(checkpoint, tmp_path):
+    args, _ = checkpoint(["a", "b"])
+    name = args.model_name_or_path
+    with pytest.raises(ValueError, match="has no image processor that can be loaded.*--image_size"):
+        build_processor(name, DataArguments())
+    assert build_processor(name, DataArguments(image_size=16, crop_ratio=0.5)).size["shortest_edge"] == 32
+    make_processor(24, 0.75).save_pretrained(tmp_path)
+    assert build_processor(name, DataArguments()).to_dict() == make_processor(24, 0.75).to_dict()
+    assert build_processor(name, DataArguments(image_size=12)).to_dict() == make_processor(12, 0.75).to_dict()

@@ -1,0 +1,33 @@
+"""Our `Trainer` with a last batch of one image, on a network whose last maps are single pixels."""
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from repvgg_hf import RepVGGForImageClassification
+from repvgg_hf.training.trainer import ImageTrainer
+
+
+class Images(Dataset):
+    """Random images, each of a value of its own."""
+
+    def __init__(self, count: int):
+        self.pixels = torch.randn(count, 3, 8, 8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"pixel_values": self.pixels[index], "labels": index % 5}
+
+
+@pytest.mark.parametrize(("images", "steps"), [(9, 4), (8, 4), (10, 6)])
+def test_a_single_image_is_dropped_in_training_alone(images, steps, tiny_config, tmp_path):
+    model = RepVGGForImageClassification(tiny_config(stem_stride=2))  # 8 pixels become 1
+    args = TrainingArguments(
+        tmp_path, num_train_epochs=2, per_device_train_batch_size=4, report_to="none", use_cpu=True
+    )
+    trainer = ImageTrainer(model, args, train_dataset=Images(images), eval_dataset=Images(9))
+    assert trainer.train().global_step == steps and not args.dataloader_drop_last
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 9
