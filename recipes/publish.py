@@ -21,7 +21,7 @@ from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
 from repvgg_hf.hub.recipe_figures import benchmark_latency, command_of, merge_models, qat_models, quantize_models
 from repvgg_hf.hub.results import read_json
 from repvgg_hf.training.arguments import parse_arguments
-from repvgg_hf.training.report import masked
+from repvgg_hf.training.report import masked, masked_text
 
 
 @dataclass
@@ -111,7 +111,10 @@ def gather_results(args: PublishArguments) -> Results | None:
             },
             "models": merge_models(rows),
             "description": args.description,
-            "commands": args.commands + [shown(command_of(record, path)) for path, record in (swept | trained).items()],
+            "commands": [
+                *map(masked_text, args.commands),
+                *(shown(command_of(record, path)) for path, record in (swept | trained).items()),
+            ],
             "kernels_before": kernels,
             "kernels_after": next(iter(swept.values())).get("float_kernels", []) if swept else [],
             "histograms": histograms,

@@ -10,6 +10,7 @@
 wherever it was killed, to the same weights. It refuses to if data, model or options are not the same.
 """
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -22,10 +23,10 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
-from repvgg_hf import ClusterConfig
+from repvgg_hf import ClusterConfig, RepVGGConfig
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
 from repvgg_hf.compression.ptq.config import ACTIVATION_RANGES, CalibrationConfig
-from repvgg_hf.compression.qat.config import QATConfig
+from repvgg_hf.compression.qat.config import QATConfig, check_qat_options
 from repvgg_hf.compression.qat.distillation import Distillation
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
 from repvgg_hf.training.arguments import parse_arguments
@@ -36,7 +37,7 @@ from repvgg_hf.training.metrics import accuracies
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
 from repvgg_hf.training.report import print_table, quantization_fields, write_json
 from repvgg_hf.training.run_record import run_record
-from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
+from repvgg_hf.training.splits import DataArguments, ImageSplit, align_splits, load_splits
 
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 
@@ -100,6 +101,7 @@ class QATArguments(PhaseArguments):
 def check_options(args: QATArguments, quantization: QuantizationOptions, qat_config: QATConfig) -> None:
     """Raise `ValueError` for options that don't fit each other: a bad one shall not cost the float training."""
     CalibrationConfig(activation_range=args.activation_range)
+    check_qat_options(quantization, qat_config)
     if args.blend_ratio and qat_config.blend_steps:
         raise ValueError(
             f"--blend_ratio {args.blend_ratio} and --blend_steps {qat_config.blend_steps} say the same: give one."
@@ -130,119 +132,174 @@ def reload_logits(folder: Path, batches: list[torch.Tensor]) -> np.ndarray:
         logits.unlink(missing_ok=True)
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    (model_args, data_args, args, quantization, qat_config), arguments = parse_arguments(
-        (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments
-    )
-    check_options(args, quantization, qat_config)
-    check_source(model_args.model_name_or_path, model_args.dequantize)
-    output_dir, resume = Path(args.output_dir), resume_place(args.resume_from_checkpoint)
+class Data:
+    """What the run looks at: the splits, as the image processor makes them, for each phase.
+
+    Args:
+        splits: `train` and `validation`, with labels as the model counts them.
+        data_args: how the images are read and augmented.
+        args: the batch sizes.
+        processor: the model's image processor.
+
+    Attributes:
+        train: the training images, augmented, and their `collate_fn`.
+        as_evaluated: for each split (dataset of pixels as in evaluation, labels).
+        validation: a loader of the held-out images.
+        some_batches: the pixels of its first batches.
+    """
+
+    def __init__(self, splits: dict[str, ImageSplit], data_args: DataArguments, args: QATArguments, processor):
+        self.splits, self.data_args, self.processor = splits, data_args, processor
+        self.train = (training_data(splits["train"], data_args, processor), collate)
+        held_out = evaluation_data(splits["validation"], data_args, processor, cache=True)
+        train_split = evaluation_data(splits["train"], data_args, processor)
+        self.labels = splits["validation"].labels
+        self.as_evaluated = {"training": (train_split, splits["train"].labels), "validation": (held_out, self.labels)}
+        self.validation = DataLoader(held_out, args.per_device_eval_batch_size, collate_fn=collate)
+        self.some_batches = [batch["pixel_values"] for batch, _ in zip(self.validation, range(RELOADED_BATCHES))]
+
+    def calibration(self, args: QATArguments) -> dict:
+        """The arguments of `prepare_qat` for input ranges; none without `--calibration_images`."""
+        if not args.calibration_images:
+            return {}
+        split, count = self.splits["train"], args.calibration_images
+        images = calibration_images(split, count, self.data_args, self.processor, args.seed)
+        return {
+            "calibration": images,
+            "calibration_config": CalibrationConfig(activation_range=args.activation_range),
+        }
+
+
+def start_accelerator(args: QATArguments, quantization: QuantizationOptions) -> Accelerator:
+    """The accelerator of the run, with its tracker."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,  # one scheduler step per optimizer step, whatever the number of processes
         log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=output_dir,
+        project_dir=args.output_dir,
     )
     if args.report_to != "none":
         accelerator.init_trackers("qat", {"bits": quantization.bits, "granularity": quantization.granularity})
+    return accelerator
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    options, arguments = parse_arguments(
+        (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments
+    )
+    model_args, data_args, args, quantization, qat_config = options
+    check_options(args, quantization, qat_config)
+    check_source(model_args.model_name_or_path, model_args.dequantize)
+    resume = resume_place(args.resume_from_checkpoint)
+    accelerator = start_accelerator(args, quantization)
 
     splits = load_splits(data_args, seed=args.seed)
     set_seed(args.seed)  # each part of the run begins with a seed: what was done before it leaves no trace
     model = build_model(model_args, splits["train"].classes, data_args.labels_by_position)
-    splits = align_splits(splits, model.config, data_args)
-    processor = build_processor(model_args.model_name_or_path, data_args, model_args.num_channels)
-    train_data = (training_data(splits["train"], data_args, processor), collate)
-    validation_set = evaluation_data(splits["validation"], data_args, processor, cache=True)
-    validation = DataLoader(validation_set, args.per_device_eval_batch_size, collate_fn=collate)
-    some_batches = [batch["pixel_values"] for batch, _ in zip(validation, range(RELOADED_BATCHES))]
-    validation = accelerator.prepare(validation)
-    labels = splits["validation"].labels
-
     # computing a loss would set it, which a run that is resumed after its last epoch does not do
     model.config.problem_type = "single_label_classification"
-    as_evaluated = evaluation_data(splits["train"], data_args, processor)
-    record = run_record(
-        (model_args, data_args, args, quantization, qat_config),
-        model,
-        processor,
-        {"training": (as_evaluated, splits["train"].labels), "validation": (validation_set, labels)},
-        number_of_processes=accelerator.num_processes,
-        mixed_precision=accelerator.mixed_precision,
-    )
-    run = RunFolder(accelerator, output_dir, record, resume)
+    processor = build_processor(model_args.model_name_or_path, data_args, model_args.num_channels)
+    data = Data(align_splits(splits, model.config, data_args), data_args, args, processor)
+    world = {"number_of_processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    record = run_record(options, model, processor, data.as_evaluated, **world)
+    run = RunFolder(accelerator, args.output_dir, record, resume, processor)
+    data.validation = accelerator.prepare(data.validation)
 
-    # 1. a float model with branches
-    finished = output_dir / "float"
-    if "float" not in run.finished:
-        if model_args.model_name_or_path is None:
-            rate, epochs = args.float_learning_rate, args.num_float_epochs
-            model = train_phase(accelerator, model, train_data, "float", epochs, rate, run, args)
-        run.save_model("float", model, processor)
-    # loaded in any case: a resumed run shall go on from the same memory layout, on which the last bits of sums depend
-    model = AutoModelForImageClassification.from_pretrained(finished)
-    float_logits = predict(accelerator, model, validation)
+    logits = {}
+    if model_args.model_name_or_path is None and "float" not in run.finished:
+        rate, epochs = args.float_learning_rate, args.num_float_epochs
+        model = train_phase(accelerator, model, data.train, "float", epochs, rate, run, args)
+    run.save_model("float", model)
+    logits["float"] = predict(accelerator, load(run, "float"), data.validation)
+    run.save_model("fused", load(run, "float").reparameterize())
+    logits["fused"] = predict(accelerator, load(run, "fused"), data.validation)
 
-    # 2. the same, fused: what is quantized, and what a float deployment would ship
-    fused = AutoModelForImageClassification.from_pretrained(finished).reparameterize()
-    run.save_model("fused", fused, processor)
-    fused_logits = predict(accelerator, fused, validation)
-
-    # 3. train on with quantized weights, still with branches
-    distillation = Distillation(
-        fused, args.distillation_weight, args.distillation_temperature, args.distillation_features
-    )
-    if args.fused:
-        model.reparameterize()
-    calibration = {}
-    if args.calibration_images:
-        images = calibration_images(splits["train"], args.calibration_images, data_args, processor, args.seed)
-        settings = CalibrationConfig(activation_range=args.activation_range)
-        calibration = {"calibration": images, "calibration_config": settings}
     if args.blend_ratio:
-        steps = total_steps(len(train_data[0]), accelerator.num_processes, args)
+        steps = total_steps(len(data.train[0]), accelerator.num_processes, args)
         qat_config = replace(qat_config, blend_steps=round(args.blend_ratio * steps))
-    set_seed(args.seed)
-    model.prepare_qat(ClusterConfig(**asdict(quantization)), qat_config=qat_config, **calibration)
-    epochs, rate, loss = args.num_train_epochs, args.learning_rate, loss_of(distillation)
-    model = train_phase(accelerator, model, train_data, "qat", epochs, rate, run, args, loss)
-    qat_logits = predict(accelerator, model, validation)
-
-    # 4. freeze, pack, save
-    model.quantize()
-    run.save_model("quantized", model, processor)
-    quantized_logits = predict(accelerator, model, validation)
+    model = train_quantized(run, data, args, ClusterConfig(**asdict(quantization)), qat_config)
+    logits["trained"] = predict(accelerator, model, data.validation)
+    run.save_model("quantized", model.quantize())
+    logits["packed"] = predict(accelerator, model, data.validation)
 
     rows = []
     if accelerator.is_main_process:
-        # 5. load it like a user
-        reloaded_logits = reload_logits(output_dir / "quantized", some_batches)
-
-        def size(folder: str, weight_bits: float) -> dict:
-            return {"bytes": checkpoint_bytes(output_dir / folder), "bits_per_weight": weight_bits}
-
-        bits, packed = f"{quantization.bits} bit", size("quantized", bits_per_weight(model))
-        for name, config, stage, sizes, logits, reference in (
-            ("float, with branches", None, "float", size("float", 32.0), float_logits, None),
-            ("float, fused", None, "fused", size("fused", 32.0), fused_logits, float_logits),
-            (f"{bits}, in training", quantization, "trained", packed, qat_logits, None),
-            (f"{bits}, packed", quantization, "packed", packed, quantized_logits, qat_logits),
-            (f"{bits}, reloaded", quantization, "reloaded", packed, reloaded_logits, quantized_logits),
-        ):
-            figures = {"images": len(logits), **accuracies(logits, labels[: len(logits)]), **sizes}
-            figures["largest_logit_difference"] = largest_difference(logits, reference)
-            rows.append({"model": name, **quantization_fields(config), "stage": stage, **figures})
-        record = {
-            "command": ["recipes/qat.py", *arguments],
-            "seed": args.seed,
-            "quantization_config": model.config.quantization_config.to_dict(),
-            "qat_config": asdict(qat_config),
-            "results": rows,
-        }
-        write_json(output_dir / "qat_results.json", record)
+        logits["reloaded"] = reload_logits(run.folder / "quantized", data.some_batches)  # like a user
+        rows = result_rows(run.folder, quantization, bits_per_weight(model), logits, data.labels)
+        settings = {"seed": args.seed, **saved_quantization(run), "qat_config": asdict(qat_config)}
+        write_json(
+            run.folder / "qat_results.json", {"command": ["recipes/qat.py", *arguments], **settings, "results": rows}
+        )
         title = "Held-out images; difference to the line above"
         print_table(title, [{column: row[column] for column in TABLE} for row in rows])
     accelerator.end_training()
     return {"results": rows}
+
+
+def saved_quantization(run: RunFolder) -> dict:
+    """The `quantization_config` of the packed model's files.
+
+    The model in memory has no checksum in a run that goes on after they were written.
+    """
+    config = json.loads((run.folder / "quantized" / "config.json").read_text(encoding="utf-8"))
+    return {"quantization_config": config["quantization_config"]}
+
+
+def load(run: RunFolder, name: str):
+    """The finished model `name` of a run.
+
+    It is loaded in any case, also when it is in memory: a resumed run shall go on from the same memory layout, on which
+    the last bits of sums depend.
+    """
+    return AutoModelForImageClassification.from_pretrained(run.folder / name)
+
+
+def train_quantized(run: RunFolder, data: Data, args: QATArguments, config: ClusterConfig, qat_config: QATConfig):
+    """Train the float model of `run` on with quantized weights, still with branches unless `--fused`; returns it."""
+    distillation = Distillation(
+        load(run, "fused"), args.distillation_weight, args.distillation_temperature, args.distillation_features
+    )
+    model = load(run, "float").to(run.accelerator.device)
+    if args.fused:
+        model.reparameterize()
+    calibration = data.calibration(args)
+    set_seed(args.seed)
+    model.prepare_qat(config, qat_config=qat_config, **calibration)
+    epochs, rate, loss = args.num_train_epochs, args.learning_rate, loss_of(distillation)
+    return train_phase(run.accelerator, model, data.train, "qat", epochs, rate, run, args, loss)
+
+
+def result_rows(
+    folder: Path, quantization: QuantizationOptions, weight_bits: float, logits: dict[str, np.ndarray], labels
+) -> list[dict]:
+    """The figures of each stage, of which each is compared with the one before.
+
+    Args:
+        folder: the run's, with the models.
+        quantization: how the last three stages are quantized.
+        weight_bits: bits per weight of the quantized model.
+        logits: `[images, classes]` of each stage, by its name; of the reloaded model they may be of fewer images.
+        labels: of all images.
+    """
+
+    def size(name: str, bits: float) -> dict:
+        return {"bytes": checkpoint_bytes(folder / name), "bits_per_weight": bits}
+
+    bits, packed = f"{quantization.bits} bit", size("quantized", weight_bits)
+    first = "as it began" if RepVGGConfig.from_pretrained(folder / "float").deploy else "with branches"
+    rows = []
+    for name, config, stage, sizes, reference in (
+        (f"float, {first}", None, "float", size("float", 32.0), None),
+        ("float, fused", None, "fused", size("fused", 32.0), "float"),
+        (f"{bits}, in training", quantization, "trained", packed, None),
+        (f"{bits}, packed", quantization, "packed", packed, "trained"),
+        (f"{bits}, reloaded", quantization, "reloaded", packed, "packed"),
+    ):
+        images = len(logits[stage])
+        figures = {"images": images, **accuracies(logits[stage], labels[:images]), **sizes}
+        figures["largest_logit_difference"] = largest_difference(logits[stage], logits.get(reference))
+        rows.append({"model": name, **quantization_fields(config), "stage": stage, **figures})
+    return rows
 
 
 def loss_of(distillation: Distillation):

@@ -7,12 +7,34 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvgg_hf import RepVGGConfig
 
 # the tensors are small: more threads would mostly wait for each other, above all on a machine that does other work
 torch.set_num_threads(1)
+
+
+# of what a run with --full tries, others try a sample; hypothesis tries 100 examples unless told otherwise
+settings.register_profile("ci", max_examples=25, deadline=None)
+settings.register_profile("full", max_examples=200, deadline=None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the tests marked `full` as well, and more examples")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("--full") else "ci")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +111,35 @@ def relative_error():
         return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
     return error
+
+
+# what reads a value, or makes a tensor whose size depends on one
+WAITING = {
+    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "allclose",
+    "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "histc", "repeat_interleave",
+}  # fmt: skip
+
+
+class WaitingOperations(TorchDispatchMode):
+    """Records the names of those operations that would wait for an accelerator, and counts all."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.count = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        self.count += 1
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else [])
+        )
+        if name in WAITING or by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def waiting_operations() -> type[WaitingOperations]:
+    """A context that records what would wait for an accelerator: its `found` has names, its `count` is of all."""
+    return WaitingOperations

@@ -25,7 +25,7 @@ from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkp
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.batches import calibration_images, evaluation_data
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model
-from repvgg_hf.training.models import build_processor
+from repvgg_hf.training.models import build_processor, check_source
 from repvgg_hf.training.report import write_json
 from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 
@@ -146,6 +146,8 @@ def main(arguments: list[str] | None = None) -> dict:
         (PTQStudyArguments, DataArguments, EvaluationArguments), arguments
     )
     checkpoints = split_checkpoints(study.models)
+    for folder, _ in checkpoints.values():
+        check_source(folder, dequantize=None)
     path, seed = Path(study.output_json), evaluation_args.seed
     record = {
         "recipe": "recipes/studies/ptq.py",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from repvgg_hf.training.report import SECRET_OPTION, masked
+from repvgg_hf.training.report import is_secret, masked
 
 
 @dataclass
@@ -34,5 +34,5 @@ def parse_arguments(dataclasses: tuple, arguments: list[str] | None) -> tuple[tu
     parsed = parser.parse_args_into_dataclasses(arguments)
     fields = {name: value for instance in parsed for name, value in vars(instance).items()}
     # options may be shortened, so that the name that was given says nothing
-    secrets = [value for name, value in fields.items() if SECRET_OPTION.fullmatch(f"--{name}")]
+    secrets = [value for name, value in fields.items() if is_secret(name)]
     return parsed, masked(arguments, [value for value in secrets if isinstance(value, str)])

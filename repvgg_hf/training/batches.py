@@ -101,8 +101,7 @@ class DecodedImages(Dataset):
         images = None
         values = self.split.rows[list(indices)][self.split.column]
         for place, (index, value) in enumerate(zip(indices, values)):
-            where = f"Image {index} of the {self.split.name} split, column {self.split.column!r}"
-            image = open_image(value, self.pixels.mode, where, self.split.folder)
+            image = open_image(value, self.pixels.mode, self.split.where(index), self.split.folder)
             if resized_crop:
                 image = resized_crop(self.pixels.source(image))
                 image = to_tensor(image) if self.pixels.with_pil else image

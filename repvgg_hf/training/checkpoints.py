@@ -1,7 +1,10 @@
 """The output folder of a run that may be killed at any time: what it has finished, and what it goes on from."""
 
+import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
+from repvgg_hf.training.optimizer import MovingAverage
 from repvgg_hf.training.report import write_json
 from repvgg_hf.training.run_record import check_same_run, file_digest
 
@@ -51,13 +55,15 @@ class RunFolder:
 
     A model `<name>` lies in `folder/<name>/`. It is *finished* when its marker `folder/checkpoint/<name>.json` is
     there, which is written last, and names the files and their checksums. The state of a phase of training lies in
-    `folder/checkpoint/<phase>/`. Markers and states hold the record of their run, and serve no other one.
+    `folder/checkpoint/<phase>/`, which is a checkpoint of the model for `from_pretrained`, too. Markers and states hold
+    the record of their run, and serve no other one.
 
     Args:
         accelerator (`Accelerator`): the run's.
         folder (`str` or `Path`): the run's `--output_dir`.
         record (`dict`): the run's record, see `run_record`.
         resume (`bool` or `Path`): whether to use what is there. A path must be `folder` or lie in it.
+        processor: the image processor, which is saved with each model and state.
 
     Raises `ValueError` if all that is there belongs to other runs, naming what differs.
 
@@ -66,9 +72,9 @@ class RunFolder:
         states (`set[str]`): names of the phases whose states were there.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: str | Path, record: dict, resume: bool | Path):
+    def __init__(self, accelerator: Accelerator, folder: str | Path, record: dict, resume: bool | Path, processor):
         self.accelerator, self.folder, self.checkpoint = accelerator, Path(folder), Path(folder) / "checkpoint"
-        self.record = record
+        self.record, self.processor = record, processor
         self.finished: set[str] = set()
         self.states: set[str] = set()
         if resume is False:
@@ -86,20 +92,20 @@ class RunFolder:
         there = ", ".join(sorted(self.finished) + [f"the state of {phase}" for phase in sorted(self.states)])
         accelerator.print(f"{folder}: going on with {there}" if there else f"{folder}: nothing to go on from")
 
-    def save_model(self, name: str, model, processor) -> None:
-        """Save the model `name` with its image processor, if it is not finished; from the main process only."""
+    def save_model(self, name: str, model: PreTrainedModel) -> None:
+        """Save the model `name` with the image processor, if it is not finished; from the main process only."""
         if name in self.finished:
             return
         if self.accelerator.is_main_process:
             folder = self.folder / name
             model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
             files = {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
             write_json(self.checkpoint / f"{name}.json", {"files": files, "run": self.record})
         self.accelerator.wait_for_everyone()
 
-    def save_state(self, phase: str, average: AveragedModel | None = None) -> None:
-        """Save the state of all that the accelerator prepared.
+    def save_state(self, phase: str, model: PreTrainedModel, average: MovingAverage | None = None) -> None:
+        """Save the state of all that the accelerator prepared, of which `model` is the bare model.
 
         It is written beside the one before, which is removed last. `average` is the model's moving average.
         """
@@ -107,9 +113,12 @@ class RunFolder:
         if self.accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)  # of an interrupted run
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(new)
+        with _removed(self.accelerator.register_save_state_pre_hook(self._take_bare_weights)):
+            self.accelerator.save_state(new)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            _config_to_save(model).save_pretrained(new)
+            self.processor.save_pretrained(new)
             if average is not None:
                 torch.save(average.state_dict(), new / "average.pt")
             write_json(new / RECORD, self.record)
@@ -120,13 +129,25 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def load_state(self, phase: str, average: AveragedModel | None = None) -> None:
+    def load_state(self, phase: str, average: MovingAverage | None = None) -> None:
         """Load what `save_state` wrote."""
         state = self.checkpoint / phase
-        self.accelerator.load_state(state)
+        with _removed(self.accelerator.register_load_state_pre_hook(self._load_into_bare_models)):
+            self.accelerator.load_state(state)
         if average is not None:
             # torch.load takes no "cpu:0", the device of several processes on the CPU
             average.load_state_dict(torch.load(state / "average.pt", map_location="cpu"))
+
+    def _take_bare_weights(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        """Save weights by the names that the models themselves have, without those of several processes' wrappers."""
+        if weights:  # empty where Accelerate saves shards
+            weights[:] = [self._bare(model).state_dict() for model in models]
+
+    def _load_into_bare_models(self, models: list[nn.Module], folder: str) -> None:
+        models[:] = [self._bare(model) for model in models]
+
+    def _bare(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _recover(self) -> None:
         """Put back states that an interrupted `save_state` had set aside, and remove what it had not completed."""
@@ -156,6 +177,23 @@ class RunFolder:
         if changed:
             self.accelerator.print(f"{changed[0]} is not as this run saved it: {name} is made again.")
         return not changed
+
+
+@contextmanager
+def _removed(hook) -> Iterator[None]:
+    """Remove a `hook` at the end."""
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _config_to_save(model: PreTrainedModel):
+    """What `model.save_pretrained` makes of its configuration, for weights that are saved otherwise."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    config.weights_checksum = None  # that of the files it was loaded from
+    return config
 
 
 def check_finite(model: nn.Module) -> None:

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 import repvgg_hf
-from repvgg_hf.compression.qat.callback import diverged
+from repvgg_hf.compression.qat.callback import GradientWatch
 from repvgg_hf.training.arguments import RunArguments
 from repvgg_hf.training.batches import leaves_one_image
 from repvgg_hf.training.checkpoints import RunFolder, check_finite, resume_field
-from repvgg_hf.training.optimizer import build_sgd, moving_average
+from repvgg_hf.training.optimizer import MovingAverage, build_sgd
 
 
 @dataclass
@@ -90,25 +90,27 @@ def train_phase(
     `data` is a dataset and its `collate_fn`, `loss_of(model, batch)` the loss. After each epoch the whole state is
     saved in the folder `run`, if there is one, and the phase goes on from a state that was there when the run began.
     All that is random depends on `args.seed`, the phase's name and the number of processes alone. Gradients that are
-    not finite stop the training with a `RuntimeError` that names step and parameter, before the optimizer uses them,
-    and so do weights at its end.
+    not finite stop the training with a `RuntimeError` that names step and parameter, before a state is saved that they
+    have spoiled (see `GradientWatch`), and so do weights at its end. No step waits for an accelerator.
     """
     dataset, collate = data
     batch_size = args.per_device_train_batch_size
     drop_last = leaves_one_image(len(dataset), batch_size, accelerator.num_processes)
+    on_cuda = accelerator.device.type == "cuda"
     loader = DataLoader(
         dataset, batch_size, shuffle=True, collate_fn=collate, drop_last=drop_last,
-        num_workers=args.dataloader_num_workers,
+        num_workers=args.dataloader_num_workers, pin_memory=on_cuda,
     )  # fmt: skip
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_sgd(model, learning_rate, args.weight_decay, args.momentum)
-    average = moving_average(model, args.ema_decay, accelerator.device) if args.ema_decay else None
+    average = MovingAverage(model, args.ema_decay, accelerator.device) if args.ema_decay else None
     seed = phase_seed(args.seed, phase)
     set_seed(seed, device_specific=True)  # each process augments its images in its own way
     # the order of the images comes from a generator of its own: that of all processes is one, and can be resumed
     accelerator.dataloader_config.use_seedable_sampler = True
     accelerator.dataloader_config.data_seed = seed
+    accelerator.dataloader_config.non_blocking = on_cuda  # copying a batch does not wait for the step before
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     bare = accelerator.unwrap_model(model)
     steps_per_epoch = optimizer_steps(len(loader), args)
@@ -121,6 +123,7 @@ def train_phase(
         step = scheduler.scheduler.last_epoch
         accelerator.print(f"{phase}: going on after step {step} of {steps}")
 
+    watch = GradientWatch()
     bar = tqdm(total=steps, initial=step, desc=phase, disable=not accelerator.is_local_main_process)
     for epoch in range(step // steps_per_epoch, epochs):
         model.train()
@@ -132,10 +135,9 @@ def train_phase(
                     loss = loss_of(model, batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    if accelerator.scaler is None and not norm.isfinite():  # a scaler skips such steps itself
-                        last = "not saved" if run is None else run.checkpoint / phase
-                        raise RuntimeError(f"{diverged(bare, step + 1)} The last one is {last}.")
+                    if accelerator.scaler is None:  # a scaler skips steps with gradients that are not finite itself
+                        watch.look(bare, step + 1)
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
@@ -146,6 +148,7 @@ def train_phase(
                 step += 1
                 bar.update()
             total += loss.detach()
+        watch.read()
         seconds = time.perf_counter() - start
         figures = {
             "loss": accelerator.reduce(total / len(loader), "mean").item(),
@@ -160,7 +163,7 @@ def train_phase(
         accelerator.log({f"{phase}_{name}": value for name, value in figures.items()}, step=epoch + 1)
         check_finite(bare)
         if run is not None:
-            run.save_state(phase, average)
+            run.save_state(phase, bare, average)
     bar.close()
     # without the wrappers of autocast and compilation, which would stay on its forward method
     unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)

@@ -57,10 +57,11 @@ class ModelArguments:
     dequantize: bool = dequantize_field()
 
 
-def check_source(name: str | None, dequantize: bool) -> None:
+def check_source(name: str | None, dequantize: bool | None) -> None:
     """Raise `ValueError` if a recipe that needs float weights can't start from the checkpoint called `name`.
 
-    It reads the configuration only: a recipe calls it before any work. `None` is a new model.
+    It reads the configuration only: a recipe calls it before any work. No name is a new model; `dequantize` is `None`
+    for a recipe that has no such option.
     """
     config = None if name is None else RepVGGConfig.from_pretrained(name)
     quantized = getattr(config, "quantization_config", None)
@@ -68,10 +69,10 @@ def check_source(name: str | None, dequantize: bool) -> None:
         found = "a new model is float" if name is None else f"{name} is a float checkpoint"
         raise ValueError(f"--dequantize True is for a quantized checkpoint, and {found}: leave the option out.")
     if quantized and not dequantize:
+        start = "pass --dequantize True to start from the float weights that they decode to, or "
         raise ValueError(
-            f"{name} is quantized to {quantized['bits']} bits, and codes neither train nor are quantized again: pass "
-            "--dequantize True to start from the float weights that they decode to, or give the float checkpoint that "
-            "it was made of."
+            f"{name} is quantized to {quantized['bits']} bits, and codes neither train nor are quantized again: "
+            f"{'' if dequantize is None else start}give the float checkpoint that it was made of."
         )
     if config is not None and config.qat_config is not None:
         raise ValueError(

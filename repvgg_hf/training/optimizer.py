@@ -1,8 +1,9 @@
 """The optimizer of float and quantization-aware training, and the moving average of what it trains."""
 
+import copy
+
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def build_sgd(model: nn.Module, learning_rate: float, weight_decay: float, momentum: float = 0.9) -> torch.optim.SGD:
@@ -19,26 +20,37 @@ def build_sgd(model: nn.Module, learning_rate: float, weight_decay: float, momen
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
 
 
-def moving_average(model: nn.Module, decay: float, device: torch.device | None = None) -> AveragedModel:
-    """Return the exponential moving average of a model's state, as a copy of the model that begins at what it is now.
+class MovingAverage(nn.Module):
+    """The exponential moving average of a model's state, as a copy of the model that begins at what it is now.
 
-    Call its `update_parameters(model)` after each optimizer step. Parameters and buffers of floating-point type are
-    averaged, integers (such as counts of steps) copied.
+    Parameters and buffers of floating-point type are averaged, integers (such as counts of steps) copied. It is what
+    `torch.optim.swa_utils.AveragedModel` computes, whose updates ask the device how many there were, and wait for it.
 
     Args:
         model: what trains.
-        decay: share of the average that each step keeps, 0 to 1.
+        decay: share of the average that each update keeps, 0 to 1.
         device: where the average is kept; by default where the model is.
+
+    Attributes:
+        module: the copy.
     """
-    average_floats = get_ema_multi_avg_fn(decay)
 
-    def update(averages: list[torch.Tensor], values: list[torch.Tensor], count) -> None:  # each list of one dtype
-        if averages[0].is_floating_point():
-            average_floats(averages, values, count)
-        else:
-            for average, value in zip(averages, values):
-                average.copy_(value)
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None):
+        super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"The decay of a moving average must be from 0 to 1, got {decay}.")
+        self.decay = decay
+        self.module = copy.deepcopy(model).to(device)
 
-    average = AveragedModel(model, device=device, multi_avg_fn=update, use_buffers=True)
-    average.update_parameters(model)  # the first call copies
-    return average
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards `model`; call it after each optimizer step."""
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        values = [value.detach() for value in (*model.parameters(), *model.buffers())]
+        pairs = [(mean, value.to(mean.device)) for mean, value in zip(averages, values, strict=True)]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        if floats:
+            torch._foreach_lerp_(*map(list, zip(*floats)), 1 - self.decay)
+        for mean, value in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(value)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,14 +45,32 @@ def masked(command: Iterable[str], secrets: Iterable[str] = ()) -> list[str]:
         for secret in filter(None, secrets):
             argument = argument.replace(secret, MASK)
         option, equals, _ = argument.partition("=")
-        is_secret = SECRET_OPTION.fullmatch(option) is not None
+        names_secret = SECRET_OPTION.fullmatch(option) is not None
         if follows and not argument.startswith("--"):
             argument = MASK
-        elif is_secret and equals:
+        elif names_secret and equals:
             argument = f"{option}={MASK}"
-        follows = is_secret and not equals
+        follows = names_secret and not equals
         shown.append(PASSWORD.sub(rf"\1{MASK}@", HUB_TOKEN.sub(MASK, argument)))
     return shown
+
+
+def masked_text(command: str) -> str:
+    """A command in one line as others may see it, see [`masked`]; without secrets it stays as it is written.
+
+    Raises `ValueError` for a quote that does not end.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"The command {command!r} can't be read ({error}): close its quotes.") from error
+    shown = masked(words)
+    return command if shown == words else shlex.join(shown)
+
+
+def is_secret(name: str) -> bool:
+    """Tell whether the option called `name` is a token, password or key."""
+    return SECRET_OPTION.fullmatch(f"--{name}") is not None
 
 
 def quantization_fields(config: QuantizationOptions | None) -> dict:

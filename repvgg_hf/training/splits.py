@@ -91,7 +91,8 @@ class ImageSplit:
     """The images of one split and their classes.
 
     Attributes:
-        name: such as `train`.
+        source: the dataset's split that the images are from, such as `train`.
+        numbers: int64 `[images]`, their rows there.
         rows: of which `column` holds the images as files, see `open_image`.
         column: the column of images.
         labels: int64 `[images]`, places in `classes`.
@@ -99,7 +100,8 @@ class ImageSplit:
         folder: what paths of images may be relative to.
     """
 
-    name: str
+    source: str
+    numbers: np.ndarray
     rows: Dataset
     column: str
     labels: np.ndarray
@@ -112,7 +114,11 @@ class ImageSplit:
     def select(self, places: Sequence[int]) -> "ImageSplit":
         """The images at these places, in this order."""
         places = np.asarray(places, dtype=np.int64)
-        return replace(self, rows=self.rows.select(places), labels=self.labels[places])
+        return replace(self, rows=self.rows.select(places), labels=self.labels[places], numbers=self.numbers[places])
+
+    def where(self, place: int) -> str:
+        """Say where in the dataset, which somebody may want to correct, the image at this place is."""
+        return f"Image {self.numbers[place]} of the {self.source} split, column {self.column!r}"
 
     def sample(self, count: int, seed: int) -> "ImageSplit":
         """`count` images chosen at random; all of them, in a random order, if there are no more."""
@@ -156,8 +162,7 @@ def load_splits(args: DataArguments, seed: int = 0, train: bool = True) -> dict[
     splits = {name: _encode(loaded[found], found, classes, args) for name, found in wanted.items()}
     if held_out is None:
         _check_share(args, len(splits["train"]))
-        splits["train"], held = splits["train"].hold_out(args.train_val_split, seed)
-        splits["validation"] = replace(held, name="validation")
+        splits["train"], splits["validation"] = splits["train"].hold_out(args.train_val_split, seed)
     elif train and not has_names(loaded["train"], args):
         check_trained(
             splits["train"].labels, splits["validation"].labels, splits["train"].classes, held_out, label_column
@@ -183,7 +188,15 @@ def _encode(dataset: Dataset, name: str, classes: list, args: DataArguments) -> 
     labels = encode_labels(dataset, args.label_column_name, classes, name)
     rows = undecoded(dataset.select_columns([args.image_column_name]), args.image_column_name)
     folder = Path(args.dataset_name) if args.dataset_name is not None and Path(args.dataset_name).is_dir() else None
-    return ImageSplit(name, rows, args.image_column_name, labels, [str(value) for value in classes], folder)
+    return ImageSplit(
+        source=name,
+        numbers=np.arange(len(labels)),
+        rows=rows,
+        column=args.image_column_name,
+        labels=labels,
+        classes=[str(value) for value in classes],
+        folder=folder,
+    )
 
 
 def has_names(dataset: Dataset, args: DataArguments) -> bool:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from PIL import Image
 from transformers import BitImageProcessor
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
+
+sys.path.insert(0, str(Path(__file__).parent))
+from forks import ask  # noqa: E402
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -28,13 +33,35 @@ def start():
 
 
 @pytest.fixture(scope="session")
-def run(start):
-    """`run(recipe, *options, expect=0)`: the output of a recipe, which must end with the exit code `expect`."""
+def forks():
+    """The socket of `forks.py`, one for all tests of this process."""
+    with tempfile.TemporaryDirectory() as folder:  # whose name is short: that of a socket must be
+        path = Path(folder) / "socket"
+        process = subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py"), path], env=ENVIRONMENT)
+        deadline = time.monotonic() + 240
+        while not path.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield path
+        process.terminate()
+        process.wait()
 
-    def run(recipe: str, *options, expect: int = 0, **environment) -> str:
-        done = start("-m", f"repvgg_hf.recipes.{recipe}", *options, timeout=580, **environment)
-        assert done.returncode == expect, done.stdout + done.stderr
-        return done.stdout + done.stderr
+
+@pytest.fixture(scope="session")
+def run(forks, tmp_path_factory):
+    """`run(recipe, *options, expect=0)`: the output of a recipe, which must end with the exit code `expect`.
+
+    In a process of its own, a fork of one that has imported what recipes do; `start` is for those that shall not be.
+    """
+
+    def run(recipe: str, *options, expect: int = 0) -> str:
+        output = tmp_path_factory.mktemp("output")
+        task = {"module": f"repvgg_hf.recipes.{recipe}", "arguments": [*map(str, options)], "folder": os.getcwd()}
+        task |= {"environment": dict(ENVIRONMENT)} | {name: str(output / name) for name in ("stdout", "stderr")}
+        code = ask(str(forks), task)
+        printed = "".join((output / name).read_text() for name in ("stdout", "stderr"))
+        assert code == expect, printed
+        return printed
 
     return run
 

@@ -56,6 +56,14 @@ def test_dry_run_writes_folder_and_card(checkpoint, tmp_path):
     assert (tmp_path / "tiny.md").read_text() == card
 
 
+def test_commands_are_shown_without_secrets(checkpoint, tmp_path):
+    commands = ["--commands", "python train.py --hub_token s3cret --seed 3", "python make_data.py"]
+    recipe.main(options(checkpoint, "--dry_run", "--output_dir", tmp_path / "repo", "--draw_plots", "False", *commands))
+    card = (tmp_path / "repo" / "README.md").read_text()
+    assert "python train.py --hub_token '***' --seed 3" in card and "python make_data.py" in card
+    assert not any(b"s3cret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
 def test_dry_run_of_a_family(checkpoint, tmp_path):
     models = ["--models", f"big={checkpoint / 'w4'}", f"small={checkpoint / 'w4'}"]
     root = tmp_path / "family"

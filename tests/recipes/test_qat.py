@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 TINY = ["--hidden_sizes", "8", "16", "--depths", "1", "1", "--max_train_samples", "256", "--max_eval_samples", "64"]
 SHORT = [*TINY, "--num_float_epochs", "1", "--num_train_epochs", "1", "--per_device_train_batch_size", "32"]
@@ -38,6 +41,27 @@ def test_it_packs_what_it_trained(whole_story):
     assert rows["packed"].items() >= packed.items()
 
 
+def in_a_fresh_process(folder):
+    """Logits of the model in `folder` for some noise, and its image processor's crop."""
+    from repvgg_hf.recipes.qat import reload_logits
+
+    images = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    return reload_logits(folder, images), AutoImageProcessor.from_pretrained(folder).crop_size["height"]
+
+
+def test_the_state_of_each_phase_is_a_checkpoint(whole_story):
+    """For `from_pretrained`, of the weights that the phase ended with: in QAT of quantized ones."""
+    logits = {}
+    for phase, model in (("float", "float"), ("qat", "quantized")):
+        found, expected = (in_a_fresh_process(whole_story / folder) for folder in (f"checkpoint/{phase}", model))
+        logits[model] = expected[0]
+        assert np.abs(found[0] - expected[0]).max() < 1e-5 and found[1] == expected[1] == 8
+        state = AutoModelForImageClassification.from_pretrained(whole_story / "checkpoint" / phase)
+        assert (state.config.qat_config is not None) == (phase == "qat")
+        assert state.config.id2label[7] == "7" and state.config.architectures == ["RepVGGForImageClassification"]
+    assert np.abs(logits["float"] - logits["quantized"]).max() > 1e-2
+
+
 def test_killed_and_resumed_it_gives_the_same_files(whole_story, tmp_path, run):
     folder = tmp_path / "run"
     arguments = [sys.executable, "-m", "repvgg_hf.recipes.qat", "--output_dir", str(folder), *LONGER]
@@ -65,6 +89,8 @@ def test_two_processes(tmp_path, start, recipes):
     rows = rows_by_stage(tmp_path)
     assert rows["packed"]["largest_logit_difference"] == rows["reloaded"]["largest_logit_difference"] == 0
     assert rows["packed"]["top1"] > 50
+    found, expected = (in_a_fresh_process(tmp_path / folder)[0] for folder in ("checkpoint/qat", "quantized"))
+    assert np.abs(found - expected).max() < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +143,7 @@ def test_a_rate_that_diverges(tmp_path, run):
         ("--activation_bits 8", "--activation_bits 8 and --calibration_images 0, give both"),
         ("--calibration_images 8", "--activation_bits None and --calibration_images 8, give both"),
         ("--activation_range entropy --activation_bits 8", "activation_range must be one of minmax, mse"),
+        ("--method uniform --codebook_momentum 0.5", "codebook_momentum=0.5 is an option of method='cluster', not of"),
         ("--codebook_momentum 1", "codebook_momentum must be at least 0 and less than 1"),
     ],
 )

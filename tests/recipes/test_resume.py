@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
+from repvgg_hf.hub import write_folder
 from repvgg_hf.recipes import qat, train
 from repvgg_hf.training.checkpoints import resume_place
 
@@ -229,6 +230,55 @@ def test_train_refuses_another_run(source, two_classes, tmp_path):
     (foreign / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="train.py has not written it"):
         train.main([*options, "--resume_from_checkpoint", str(foreign)])
+
+
+def test_training_on_from_a_published_quantized_checkpoint(finished, two_classes, tmp_path):
+    """The codes are decoded first; what is then trained and packed reloads, and a resumed run gives the same."""
+    published, folder = tmp_path / "published", tmp_path / "run"
+    packed = AutoModelForImageClassification.from_pretrained(finished[0] / "quantized")
+    processor = AutoImageProcessor.from_pretrained(finished[0] / "quantized")
+    write_folder(packed, published, "org/insects", processor=processor)
+    options = [*on(two_classes), "--model_name_or_path", str(published), "--dequantize", "True", "--bits", "3"]
+    rows = {row["stage"]: row for row in qat.main([*options, "--output_dir", str(folder)])["results"]}
+    assert rows["float"]["model"] == "float, as it began" and rows["float"]["largest_logit_difference"] is None
+    assert rows["fused"]["largest_logit_difference"] < 1e-5
+    assert rows["packed"]["largest_logit_difference"] == rows["reloaded"]["largest_logit_difference"] == 0
+    decoded = AutoModelForImageClassification.from_pretrained(folder / "float")
+    trained = AutoModelForImageClassification.from_pretrained(folder / "quantized")
+    pixel_values = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        expected, begun, ended = (model(pixel_values).logits for model in (packed, decoded, trained))
+    assert decoded.config.deploy and getattr(decoded.config, "quantization_config", None) is None
+    torch.testing.assert_close(begun, expected, rtol=1e-5, atol=1e-6)
+    assert (ended - expected).abs().max() > 1e-3
+    assert trained.config.quantization_config.bits == 3 and trained.config.id2label == {0: "ant", 1: "bee"}
+
+    before = {path: path.read_bytes() for path in (folder / "quantized").iterdir()}
+    qat.main([*options, "--output_dir", str(folder), "--resume_from_checkpoint"])
+    assert {path: path.read_bytes() for path in (folder / "quantized").iterdir()} == before
+
+
+def test_results_do_not_depend_on_when_it_was_killed(finished, tmp_path):
+    """After the packed model was saved, its checksum is in its files alone."""
+    folder, options = tmp_path / "run", finished[1]
+    shutil.copytree(finished[0], folder)
+    before = json.loads((folder / "qat_results.json").read_text())
+    (folder / "qat_results.json").unlink()
+    qat.main([*options, "--output_dir", str(folder), "--resume_from_checkpoint"])
+    after = json.loads((folder / "qat_results.json").read_text())
+    assert before["quantization_config"]["checksum"] is not None
+    assert after | {"command": None} == before | {"command": None}
+
+
+def test_no_file_has_the_token(two_classes, tmp_path):
+    token = "s3cret-of-the-hub"
+    options = [*on(two_classes), "--use_cpu", "--output_dir", str(tmp_path), "--hub_token", token]
+    train.main([*options, "--report_to", "tensorboard"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "train_results.json", "trainer_state.json"} <= {path.name for path in files}
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert saved.hub_token == "***" and saved.learning_rate == 0.1
 
 
 def test_train_does_not_end_well_with_weights_that_are_not_finite(two_classes, tmp_path):

@@ -1,8 +1,11 @@
 """Batches of pixels: read or cached, augmented in the geometry of evaluation."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import BitImageProcessor
 
@@ -19,7 +22,7 @@ from repvgg_hf.training.batches import (
 )
 from repvgg_hf.training.pixels import pixels_of
 from repvgg_hf.training.processors import make_processor
-from repvgg_hf.training.splits import DataArguments
+from repvgg_hf.training.splits import DataArguments, load_splits
 
 
 @pytest.mark.parametrize("cache", [0, 1])
@@ -131,8 +134,6 @@ def test_what_does_not_fit_is_read_for_each_batch(digits):
 
 
 def test_a_damaged_file_is_named_before_training(image_folder):
-    from repvgg_hf.training.splits import load_splits
-
     folder = image_folder()
     path = folder / "bee" / "3.png"
     path.write_bytes(path.read_bytes()[:100])
@@ -141,6 +142,36 @@ def test_a_damaged_file_is_named_before_training(image_folder):
         ValueError, match=f"Image 8 of the validation split, column 'image', file {path}, can't be read"
     ):
         evaluation_data(split, DataArguments(), make_processor(8), cache=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stored", ["files", "bytes"])
+def test_a_damaged_image_beyond_the_cache_is_named_as_the_dataset_has_it(image_folder, tmp_path, stored, workers):
+    """Also among images that were held out, chosen and shuffled, of which nobody knows the order."""
+    damaged = 8  # of the dataset's ten
+    folder = image_folder()
+    paths = sorted(folder.rglob("*.png"))
+    paths[damaged].write_bytes(paths[damaged].read_bytes()[:100])
+    if stored == "files":
+        args, named = DataArguments(train_dir=str(folder)), f", file {paths[damaged]},"
+    else:
+        (tmp_path / "table").mkdir()
+        columns = {"image": [{"bytes": path.read_bytes(), "path": None} for path in paths],
+                   "label": [path.parent.name for path in paths]}  # fmt: skip
+        Dataset.from_dict(columns).to_parquet(tmp_path / "table" / "train.parquet")
+        args, named = DataArguments(dataset_name=str(tmp_path / "table")), ""
+    args.train_val_split, args.augmentation = 0.3, "resized_crop_flip"
+    seeds = range(20)
+    held = {seed: load_splits(args, seed)["validation"] for seed in seeds}
+    held_out, kept = (next(s for s in seeds if (damaged in held[s].numbers) == inside) for inside in (True, False))
+    for split in (held[held_out], load_splits(args, kept)["train"]):
+        data = training_data(split.sample(9, seed=1), args, make_processor(8))
+        assert type(data) is DecodedImages
+        message = (
+            rf"Image {damaged} of the train split, column 'image'{re.escape(named)} can't be read .*replace it by an"
+        )
+        with pytest.raises(ValueError, match=message):
+            list(DataLoader(data, 2, num_workers=workers, collate_fn=collate))
 
 
 def test_calibration_images_are_chosen_with_the_seed(digits):

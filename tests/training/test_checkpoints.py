@@ -24,12 +24,12 @@ def accelerator() -> Accelerator:
 @pytest.fixture
 def run(accelerator, tmp_path):
     """`run(**changes)`: the folder of a run, opened again by one whose record has these changes."""
-    return lambda **changes: RunFolder(accelerator, tmp_path, RECORD | changes, resume=True)
+    return lambda **changes: RunFolder(accelerator, tmp_path, RECORD | changes, True, BitImageProcessor())
 
 
 @pytest.fixture
 def saved(run, tiny_config):
-    run().save_model("float", RepVGGForImageClassification(tiny_config()), BitImageProcessor())
+    run().save_model("float", RepVGGForImageClassification(tiny_config()))
     return run
 
 
@@ -48,24 +48,23 @@ def test_a_file_that_is_lost_or_changed_makes_it_unfinished(saved, tmp_path, cap
     assert f"{tmp_path / 'float' / name} is not as this run saved it: float is made again." in capsys.readouterr().out
 
 
-def test_another_run_is_refused_by_name(saved, accelerator, tmp_path):
+def test_another_run_is_refused_by_name(saved, accelerator, tiny_config, tmp_path):
     with pytest.raises(ValueError, match="--bits was 2, now 3; --new was not given, now 'a'.: give the same to go on"):
         saved(**{"--bits": 3, "--new": "a"})
     # without --resume_from_checkpoint it begins, and what it saves is then its own
-    other = RunFolder(accelerator, tmp_path, RECORD | {"--bits": 3}, resume=False)
+    other = RunFolder(accelerator, tmp_path, RECORD | {"--bits": 3}, False, BitImageProcessor())
     assert other.finished == set()
-    accelerator.prepare(nn.Linear(1, 1))
-    other.save_state("qat")
+    other.save_state("qat", accelerator.prepare(RepVGGForImageClassification(tiny_config())))
     again = saved(**{"--bits": 3})
     assert (again.finished, again.states) == (set(), {"qat"})
     assert (saved().finished, saved().states) == ({"float"}, set())
 
 
 @pytest.mark.parametrize("moment", ["new is cut", "old is aside", "old is left"])
-def test_a_state_is_complete_after_an_interruption(run, accelerator, tmp_path, moment):
-    layer = accelerator.prepare(nn.Linear(1, 1))
+def test_a_state_is_complete_after_an_interruption(run, accelerator, tiny_config, tmp_path, moment):
+    model = accelerator.prepare(RepVGGForImageClassification(tiny_config()))
     folder = run()
-    folder.save_state("qat")
+    folder.save_state("qat", model)
     state = tmp_path / "checkpoint" / "qat"
     weights = load_file(state / "model.safetensors")
     if moment == "old is aside":
@@ -75,11 +74,11 @@ def test_a_state_is_complete_after_an_interruption(run, accelerator, tmp_path, m
         state.with_name(name).mkdir()
         (state.with_name(name) / "model.safetensors").write_bytes(b"")
     with torch.no_grad():
-        layer.weight.add_(1)
+        model.classifier.weight.add_(1)
     folder = run()
     assert folder.states == {"qat"} and [path.name for path in state.parent.iterdir()] == ["qat"]
     folder.load_state("qat")
-    assert layer.weight.equal(weights["weight"])
+    assert model.classifier.weight.equal(weights["classifier.weight"])
 
 
 def test_damaged_records_are_named(saved, tmp_path):

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from repvgg_hf import RepVGGForImageClassification
+from repvgg_hf import QATConfig, RepVGGForImageClassification
+from repvgg_hf.compression.qat.callback import GradientCheck
 from repvgg_hf.training.batches import collate
 from repvgg_hf.training.loop import PhaseArguments, TimedLoader, loss_on_labels, optimizer_steps, predict, train_phase
 
@@ -77,9 +78,69 @@ def test_the_average_is_what_remains(accelerator, images, tiny_config):
 def test_not_finite_gradients_stop_before_the_step(accelerator, images, tiny_config):
     model = RepVGGForImageClassification(tiny_config(groups=1))
     before = model.classifier.weight.clone()
-    with pytest.raises(RuntimeError, match="NaN or infinite in optimizer step 1.* not saved"):
+    with pytest.raises(RuntimeError, match="NaN or infinite in optimizer step 1.* This step was not taken"):
         train(accelerator, model, images, loss_of=lambda model, batch: loss_on_labels(model, batch) * float("nan"))
     assert torch.equal(model.classifier.weight, before)
+
+
+def slowed(monkeypatch) -> list[int]:
+    """Let checks of gradients be those of an accelerator, which has not finished them; the steps that are asked for."""
+    asked, make = [], GradientCheck.__init__
+
+    class Copied:
+        def __init__(self, step):
+            self.step = step
+
+        def synchronize(self):
+            asked.append(self.step)
+
+    def slow(check, model, step):
+        make(check, model, step)
+        check.copied = Copied(step)
+
+    monkeypatch.setattr(GradientCheck, "__init__", slow)
+    return asked
+
+
+def test_gradients_that_are_not_finite_are_found_by_and_by(accelerator, images, tiny_config, monkeypatch):
+    """An accelerator's are known after the step was taken, before the next one and before the end of the epoch."""
+    asked = slowed(monkeypatch)
+    model = RepVGGForImageClassification(tiny_config(groups=1))
+    train(accelerator, model, images)
+    assert asked == [1, 2, 3, 4, 5, 6]
+    for bad in (2, 3):  # the third is the last one of its epoch
+        batches = []
+
+        def loss_of(model, batch, bad=bad, batches=batches):
+            batches.append(batch)
+            return loss_on_labels(model, batch) * (float("nan") if len(batches) == bad else 1)
+
+        with pytest.raises(
+            RuntimeError, match=f"NaN or infinite in optimizer step {bad}: .* The step was taken before"
+        ):
+            train(accelerator, RepVGGForImageClassification(tiny_config(groups=1)), images, loss_of=loss_of)
+        assert len(batches) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_no_step_waits(images, tiny_config, monkeypatch, waiting_operations, options):
+    """An epoch may wait a few times for a device, but not more often if it has more steps."""
+    asked = slowed(monkeypatch)
+    monkeypatch.setattr(GradientCheck, "require_finite", lambda check, **options: check.copied.synchronize())
+    accumulated = options.get("gradient_accumulation_steps", 1)
+    found = []
+    for count in (8, 8, 32):  # the first one has to find out how many steps there were
+        model = RepVGGForImageClassification(tiny_config(groups=1))
+        model.prepare_qat(bits=3, qat_config=QATConfig(codebook_update_every=1))
+        accelerator = Accelerator(
+            cpu=True, step_scheduler_with_optimizer=False, gradient_accumulation_steps=accumulated
+        )
+        asked.clear()
+        with waiting_operations() as operations:
+            train(accelerator, model, (images * 3)[:count], **options)
+        assert asked == [*range(1, count // 2 // accumulated + 1)]
+        found.append(sorted(operations.found))
+    assert found[0] == found[1] == found[2]
 
 
 def test_predictions_are_the_models(accelerator, images, tiny_config):

@@ -1,10 +1,12 @@
 """The optimizer's groups and steps, and the moving average, against formulas by hand."""
 
+import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from repvgg_hf import RepVGGForImageClassification
-from repvgg_hf.training.optimizer import build_sgd, moving_average
+from repvgg_hf.training.optimizer import MovingAverage, build_sgd
 
 
 def test_only_kernels_decay(tiny_config):
@@ -37,7 +39,7 @@ def test_steps_are_nesterovs():
 
 def test_the_average_is_of_all_steps():
     model = nn.BatchNorm2d(2)
-    average = moving_average(model, decay=0.75)
+    average = MovingAverage(model, decay=0.75)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # begins at the model
     for step in range(4):
         for name, tensor in model.state_dict().items():
@@ -50,9 +52,27 @@ def test_the_average_is_of_all_steps():
     assert average.module.num_batches_tracked == 6 and average.module.num_batches_tracked.dtype == torch.int64
 
 
+def test_the_average_is_pytorchs(tiny_config):
+    """That of `torch.optim.swa_utils`, bit for bit."""
+    model = RepVGGForImageClassification(tiny_config())
+    average = MovingAverage(model, 0.9)
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference.update_parameters(model)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update_parameters(model)
+        reference.update_parameters(model)
+    expected = dict(reference.module.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in average.module.named_parameters())
+    with pytest.raises(ValueError, match="must be from 0 to 1, got 1.5"):
+        MovingAverage(model, 1.5)
+
+
 def test_the_average_is_saved_and_loaded():
     model = nn.Linear(2, 2)
-    average, other = moving_average(model, 0.9), moving_average(nn.Linear(2, 2), 0.9)
+    average, other = MovingAverage(model, 0.9), MovingAverage(nn.Linear(2, 2), 0.9)
     with torch.no_grad():
         model.weight.add_(1)
     average.update_parameters(model)

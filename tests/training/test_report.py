@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from repvgg_hf import ClusterConfig
-from repvgg_hf.training.report import masked, print_table, quantization_fields, write_json
+from repvgg_hf.training.report import masked, masked_text, print_table, quantization_fields, write_json
 
 
 def test_json_is_written_at_once(tmp_path):
@@ -49,6 +49,24 @@ TOKEN = "hf_" + "aB3" * 11 + "x"
 )
 def test_secrets_are_masked(command, shown):
     assert masked(command) == shown
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("python train.py --hub_token abc --seed 1", "python train.py --hub_token '***' --seed 1"),
+        ("python train.py '--hub_token=a b'", "python train.py '--hub_token=***'"),
+        (f"python train.py --note 'with {TOKEN}'", "python train.py --note 'with ***'"),
+        ("cd x && python  train.py \\\n    --seed 1", "cd x && python  train.py \\\n    --seed 1"),  # as it is written
+    ],
+)
+def test_secrets_are_masked_in_a_line(command, shown):
+    assert masked_text(command) == shown
+
+
+def test_a_line_with_an_open_quote_is_named():
+    with pytest.raises(ValueError, match="python 'a b.* can't be read .*close its quotes"):
+        masked_text("python 'a b")
 
 
 def test_rows_say_how_a_model_is_quantized():

@@ -31,3 +31,13 @@ def test_a_single_image_is_dropped_in_training_alone(images, steps, tiny_config,
     trainer = ImageTrainer(model, args, train_dataset=Images(images), eval_dataset=Images(9))
     assert trainer.train().global_step == steps and not args.dataloader_drop_last
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 9
+
+
+def test_tokens_are_masked_where_arguments_are_saved(tiny_config, tmp_path):
+    args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, hub_token="s3cret", run_name="a run")
+    trainer = ImageTrainer(RepVGGForImageClassification(tiny_config()), args)
+    trainer.save_model()
+    assert b"s3cret" not in (tmp_path / "training_args.bin").read_bytes()
+    saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (saved.hub_token, saved.run_name) == ("***", "a run")
+    assert trainer.args is args and args.hub_token == "s3cret"  # which uploads need

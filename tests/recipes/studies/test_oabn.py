@@ -15,13 +15,13 @@ def test_it_makes_its_tables_from_its_json(tmp_path, run):
     digits = load_digits()
     features = Features({"img": Image(), "label": ClassLabel(num_classes=10)})
     for name, start in (("train", 0), ("test", 500)):
-        images = [(image * 15).astype("uint8") for image in digits.images[start : start + 200]]
-        columns = {"img": images, "label": digits.target[start : start + 200].tolist()}
+        images = [(image * 15).astype("uint8") for image in digits.images[start : start + 40]]
+        columns = {"img": images, "label": digits.target[start : start + 40].tolist()}
         (tmp_path / "data").mkdir(exist_ok=True)
         Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / f"{name}.parquet")
     run(
         "studies.oabn", "--dataset_name", tmp_path / "data", "--num_train_epochs", "1", "--dataloader_num_workers", "0",
-        "--output_dir", tmp_path / "models", "--output_json", tmp_path / "study.json", "--max_eval_samples", "64",
+        "--output_dir", tmp_path / "models", "--output_json", tmp_path / "study.json", "--max_eval_samples", "16",
     )  # fmt: skip
     record = json.loads((tmp_path / "study.json").read_text())
     table = (tmp_path / "study.md").read_text()

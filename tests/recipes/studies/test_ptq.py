@@ -2,6 +2,7 @@
 
 import json
 
+from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.recipes.studies import ptq
 
 
@@ -28,6 +29,15 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run, tmp_path):
     run("studies.ptq", *options)
     again = json.loads(figures.read_text())["models"]["tiny/7"]
     assert again["k-means, channel|3"]["top1"] == 12.34 and "W4A8" in again
+
+
+def test_a_quantized_checkpoint_is_refused_before_any_work(digits_checkpoint, run, tmp_path):
+    quantized, figures = tmp_path / "w4", tmp_path / "study.json"
+    RepVGGForImageClassification.from_pretrained(digits_checkpoint).quantize(bits=4).save_pretrained(quantized)
+    models = [f"tiny/7={digits_checkpoint}", f"small/7={quantized}"]
+    printed = run("studies.ptq", "--models", *models, "--image_size", 8, "--output_json", figures, expect=1)
+    assert f"{quantized} is quantized to 4 bits" in printed and "again: give the float checkpoint that" in printed
+    assert not figures.exists()
 
 
 def test_seeds_share_a_table_of_means():
