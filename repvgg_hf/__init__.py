@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
+from .registration import register_models, register_quantizer
 from .runtime.configuration_repvgg import RepVGGConfig, before_first_config
 
 __version__ = "0.1.0"
@@ -16,10 +17,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "CalibrationConfig": ".compression",
     "ClusterConfig": ".runtime.quantization_cluster",
+    "ClusterConv1d": ".runtime.cluster_layers",
     "ClusterConv2d": ".runtime.cluster_layers",
     "ClusterLinear": ".runtime.cluster_layers",
-    "ClusterQuantizer": ".runtime.quantization_cluster",
+    "ClusterQuantizer": ".runtime.quantizer_cluster",
     "Distillation": ".compression",
+    "FuseReport": ".networks",
     "QATCallback": ".compression",
     "QATConfig": ".compression",
     "RepVGGBackbone": ".runtime.modeling_repvgg",
@@ -27,39 +30,50 @@ _LAZY = {
     "RepVGGModel": ".runtime.modeling_repvgg",
     "RepVGGPreTrainedModel": ".runtime.modeling_repvgg",
     "ReparamConv2d": ".runtime.reparameterization",
+    "dequantize": ".compression",
+    "from_original": ".networks",
+    "from_timm": ".networks",
+    "fuse": ".networks",
+    "add_oabn": ".networks.oabn",
     "kernel_report": ".analysis",
+    "load_quantized": ".compression",
+    "prepare_qat": ".compression",
+    "quantize": ".compression",
+    "save_quantized": ".compression",
+    "to_timm_state_dict": ".networks",
     "update_codebooks": ".compression",
 }
 
 if TYPE_CHECKING:
     from .analysis import kernel_report
-    from .compression import CalibrationConfig, Distillation, QATCallback, QATConfig, update_codebooks
-    from .runtime.cluster_layers import ClusterConv2d, ClusterLinear
+    from .compression import (
+        CalibrationConfig,
+        Distillation,
+        QATCallback,
+        QATConfig,
+        dequantize,
+        load_quantized,
+        prepare_qat,
+        quantize,
+        save_quantized,
+        update_codebooks,
+    )
+    from .networks import FuseReport, from_original, from_timm, fuse, to_timm_state_dict
+    from .runtime.cluster_layers import ClusterConv1d, ClusterConv2d, ClusterLinear
     from .runtime.modeling_repvgg import (
         RepVGGBackbone,
         RepVGGForImageClassification,
         RepVGGModel,
         RepVGGPreTrainedModel,
     )
-    from .runtime.quantization_cluster import ClusterConfig, ClusterQuantizer
+    from .runtime.quantization_cluster import ClusterConfig
+    from .runtime.quantizer_cluster import ClusterQuantizer
     from .runtime.reparameterization import ReparamConv2d
 
 
-def _register_models():
-    import transformers
-    from transformers import AutoImageProcessor, BitImageProcessor, BitImageProcessorPil
-
-    from .runtime.modeling_repvgg import AUTO_CLASSES
-
-    for auto_class, model_class in AUTO_CLASSES.items():
-        getattr(transformers, auto_class).register(RepVGGConfig, model_class)
-    AutoImageProcessor.register(
-        RepVGGConfig, image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil}
-    )
-
-
 AutoConfig.register("repvgg", RepVGGConfig)
-before_first_config.append(_register_models)
+before_first_config.append(register_models)
+register_quantizer()
 
 
 def __getattr__(name: str):
@@ -75,10 +89,12 @@ def __dir__():
 __all__ = [
     "CalibrationConfig",
     "ClusterConfig",
+    "ClusterConv1d",
     "ClusterConv2d",
     "ClusterLinear",
     "ClusterQuantizer",
     "Distillation",
+    "FuseReport",
     "QATCallback",
     "QATConfig",
     "RepVGGBackbone",
@@ -87,6 +103,16 @@ __all__ = [
     "RepVGGModel",
     "RepVGGPreTrainedModel",
     "ReparamConv2d",
+    "dequantize",
+    "from_original",
+    "from_timm",
+    "fuse",
+    "add_oabn",
     "kernel_report",
+    "load_quantized",
+    "prepare_qat",
+    "quantize",
+    "save_quantized",
+    "to_timm_state_dict",
     "update_codebooks",
 ]

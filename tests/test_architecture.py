@@ -5,6 +5,7 @@ Rooms import downwards only, see `ALLOWED`. All of it is read from the imports i
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ RECIPES = ROOT.parent / "recipes"  # installed as repvgg_hf.recipes
 _LIBRARY = ["runtime", "networks", "compression"]
 ALLOWED = {
     "runtime": [],
+    "registration": ["runtime"],
     "networks": ["runtime"],
     "compression.codebooks": ["runtime"],
     "compression.layers": ["runtime", "networks", "compression.codebooks"],
@@ -34,7 +36,7 @@ ALLOWED = {
     "recipes": [*_LIBRARY, "analysis", "interop", "training", "hub"],
 }
 # a file that imports its way up: inside a function, for what a model does only where the whole package is installed
-UPWARDS = {("runtime.modeling_reparameterized", "compression")}
+UPWARDS = {("runtime.whole_package", "compression")}
 # public names that any room above may import from the package itself, and where they are
 PUBLIC = {name: module.strip(".") for name, module in repvgg_hf._LAZY.items()} | {
     "RepVGGConfig": "runtime.configuration_repvgg"
@@ -212,11 +214,11 @@ class TestTheTestsThemselves:
 # Imports every module given as an argument, and prints the line of each call of PyTorch that gives a tensor meanwhile,
 # if the package's own code makes it. The default device is one that has no memory, as in `from_pretrained`.
 FIND_TENSORS = """
-import importlib, sys
+import importlib, os, sys
 import torch
 from torch.overrides import TorchFunctionMode
 
-root = sys.argv[1]
+roots = tuple(sys.argv[1].split(os.pathsep))
 
 class Watch(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -224,7 +226,7 @@ class Watch(TorchFunctionMode):
         frame = sys._getframe(1)
         while frame is not None and frame.f_code.co_name != "<module>":
             frame = frame.f_back
-        if isinstance(result, torch.Tensor) and frame is not None and frame.f_code.co_filename.startswith(root):
+        if isinstance(result, torch.Tensor) and frame is not None and frame.f_code.co_filename.startswith(roots):
             print(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return result
 
@@ -239,8 +241,8 @@ with torch.device("meta"), Watch():
 """
 
 
-def tensors_made_by(root: Path, names: list[str], **kwargs) -> list[str]:
-    command = [sys.executable, "-c", FIND_TENSORS, str(root), *names]
+def tensors_made_by(roots: list[Path], names: list[str], **kwargs) -> list[str]:
+    command = [sys.executable, "-c", FIND_TENSORS, os.pathsep.join(map(str, roots)), *names]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -250,9 +252,8 @@ def test_no_module_makes_a_tensor_when_it_is_imported():
     """It would be on the device, and of the dtype, that happens to be the default then: `from_pretrained` sets both."""
     # running a package's __main__ is what it is for, and peers import libraries that need not be installed
     left_out = {name for name in INSIDE if name.endswith(".__main__") or name.startswith("recipes.peers.")}
-    recipes = {name for name in INSIDE if room_of(name) == "recipes"} - left_out
-    for root, names in ((ROOT, INSIDE.keys() - recipes - left_out), (RECIPES, recipes)):
-        assert tensors_made_by(root, [f"repvgg_hf.{name}" for name in sorted(names)]) == []
+    names = [f"repvgg_hf.{name}" for name in sorted(INSIDE.keys() - left_out)]
+    assert tensors_made_by([ROOT, RECIPES], names) == []
 
 
 def test_tensors_made_at_import_are_found(tmp_path):
@@ -260,7 +261,7 @@ def test_tensors_made_at_import_are_found(tmp_path):
         "import torch\n\nclass C:\n    table = torch.arange(3)\n\ndef make():\n    return torch.zeros(2)\n\n"
         "TABLE = [make()]\n\ndef later():\n    return torch.ones(2)\n"
     )
-    found = tensors_made_by(tmp_path, ["at_import"], cwd=tmp_path)
+    found = tensors_made_by([tmp_path], ["at_import"], cwd=tmp_path)
     assert [line.rpartition(":")[2] for line in found] == ["3", "9", "at_import.TABLE"]
 
 

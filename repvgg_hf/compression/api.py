@@ -5,21 +5,26 @@ Both compute everything first and change the model at the end, so that an error 
 
 import copy
 import dataclasses
+from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from ..networks.oabn import settle_outlier_bounds
+from ..runtime.cluster_layers import cluster_layers
+from ..runtime.layer_swaps import all_names, dequantize_layers, replace_with_cluster_layers
 from ..runtime.logs import get_logger
 from ..runtime.options import unknown_option
 from ..runtime.quantization_cluster import ClusterConfig, QuantizationOptions
 from ..runtime.quantization_methods import METHODS
-from .layers import QuantizedLayer, fused_layers, quantize_layers, require_finite
+from .layers import QuantizedLayer, fused_layers, quantize_layers, require_finite, warn_of_float_layers
 from .ptq.calibrate import calibrate
 from .ptq.config import CalibrationConfig
 from .ptq.data import CalibrationData
 from .ptq.input_ranges import observe_input_ranges
-from .qat.config import QATConfig
+from .qat.config import QATConfig, check_qat_options
 from .qat.prepare import add_quantizers, described, fake_quantizers, remove_fake_quantizers, trained_input_ranges
 
 logger = get_logger(__name__)
@@ -27,17 +32,43 @@ logger = get_logger(__name__)
 
 @torch.no_grad()
 def quantize(model, method=None, bits=None, *, calibration=None, calibration_config=None, **options):
-    """Replace every weight of `model` by codes and a codebook, in place; returns the model.
+    """Replace the weights of `model` by codes and a codebook, in place; returns the model, which may be any network.
 
-    The arguments are those of [`~ReparameterizedPreTrainedModel.quantize`].
-    """
-    if getattr(model, "is_quantized", False):
-        raise ValueError("The model is quantized already: quantize the float model, or call model.dequantize() first.")
+    Quantized are its plain `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers; a warning names other layers with a weight
+    matrix, which stay float. A layer that has several names is quantized once, and ones that share a weight are stored
+    separately. Blocks of branches of this package are fused first; those of other networks by `repvgg_hf.fuse` before.
+
+    The arguments are those of [`~ReparameterizedPreTrainedModel.quantize`]. After [`prepare_qat`] call it without: the
+    trained codebooks are kept as they are.
+
+    A model of Transformers is then saved with `save_pretrained` and loaded with `from_pretrained`, other modules with
+    [`save_quantized`] and [`load_quantized`]. There is no code to put beside the checkpoint of a network that is not
+    of this package: it can be loaded only where `repvgg_hf` is installed and imported.
+
+    The RepVGG backbone of a detector may be quantized on its own, and is saved and loaded as a part of it, if it is
+    made from the `backbone_config` of the whole. A part that is not of this package can't: quantize the whole, with the
+    rest in `modules_to_not_convert`.
+
+    Raises `ValueError` for a model that is quantized already (also by another library), that has weights which are
+    not in memory, not finite or not there yet (lazy layers), or that has nothing to quantize, and for bad options;
+    `TypeError` for an unknown option. The model is then unchanged.
+
+    Example:
+    ```python
+    >>> import repvgg_hf
+    >>> from torch import nn
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    >>> repvgg_hf.quantize(model, bits=4, bits_overrides={"0": 8})[2]
+    ClusterConv2d(weight=[4, 8, 1, 1], bits=4, codebooks=1 x float16, channel_scale)
+    ```"""
+    _require_float(model, "is quantized already: quantize the float model, or call {} first")
     trained = fake_quantizers(model)
     if trained and any(given is not None for given in (method, bits, calibration, calibration_config, *options)):
         raise ValueError(
             "The model was prepared for QAT, which fixed how it is quantized: call quantize() without arguments."
         )
+    settle_outlier_bounds(model)
     fused, layers = fused_layers(model)
     if fused:
         logger.warning("Fusing the branches of %d blocks before quantizing.", len(fused))
@@ -45,14 +76,15 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
         config, quantized = model.qat_settings[0], _trained_layers(layers, trained, trained_input_ranges(model))
     else:
         config = resolve_config(method, bits, options)
-        config.check_names(list(layers))
+        _settle_names(config, model, layers)
         config, quantized = _post_training(model, layers, config, calibration, calibration_config)
-
-    remove_fake_quantizers(model)
-    for name, layer in fused.items():
-        model.set_submodule(name, layer)
-    model.config.deploy = True
-    for name, layer in model.replace_with_cluster_layers(config).items():
+    config.fused_structure = getattr(model, "fused_structure", None) or None
+    if trained:
+        remove_fake_quantizers(model)
+    _put_fused(model, fused)
+    warn_of_float_layers(model)
+    replace = getattr(model, "replace_with_cluster_layers", None) or partial(replace_with_cluster_layers, model)
+    for name, layer in replace(config).items():
         layer.set_codes(quantized[name].weight.codes, quantized[name].weight.codebook, quantized[name].weight.scale)
         if quantized[name].bias is not None:
             layer.bias.copy_(quantized[name].bias)
@@ -68,11 +100,11 @@ def prepare_qat(
 ):
     """Make `model` compute with quantized weights while its parameters train, in place; returns the model.
 
-    The arguments are those of [`~ReparameterizedPreTrainedModel.prepare_qat`]. Codebooks start where quantization
-    without data would put them: starting from calibrated ones was measured to make training worse.
+    It may be any network, of which [`quantize`] says what is quantized. The arguments are those of
+    [`~ReparameterizedPreTrainedModel.prepare_qat`]. Codebooks start where quantization without data would put them:
+    starting from calibrated ones was measured to make training worse.
     """
-    if getattr(model, "is_quantized", False):
-        raise ValueError("The model holds packed codes, which don't train: call model.dequantize() first.")
+    _require_float(model, "holds packed codes, which don't train: call {} first")
     if fake_quantizers(model):
         raise ValueError(
             f"The model is prepared for QAT already, with {described(model)}: train it, or call quantize() to freeze "
@@ -86,16 +118,90 @@ def prepare_qat(
         )
     _require_data(config, calibration, calibration_config)
     qat_config = _checked(qat_config, QATConfig, "qat_config")
+    check_qat_options(config, qat_config)
     calibration_config = _checked(calibration_config, CalibrationConfig, "calibration_config")
     _, layers = fused_layers(model)
-    config.check_names(list(layers))
+    _settle_names(config, model, layers)
     start = {name: layer.weight for name, layer in quantize_layers(layers, config).items()}
     ranges = {}
     if config.activation_bits is not None:
         float_model, data = _float_model_and_data(model, calibration, calibration_config)
         ranges = observe_input_ranges(float_model, list(start), data, config.activation_bits, calibration_config)
+    warn_of_float_layers(model)
     add_quantizers(model, start, ranges, config, qat_config)
     return model
+
+
+def dequantize(model, dtype=None):
+    """Make a quantized `model` a float one with the decoded weights, in place; returns the model, which may be any.
+
+    The rounding of activations (`activation_bits`) is dropped with the layers that did it. The float model has the
+    present dtype, or `dtype`. A part that was quantized on its own, such as the backbone of a detector, is float then,
+    too. Raises `ValueError` for a model that has nothing quantized or is offloaded.
+
+    Example:
+    ```python
+    >>> import repvgg_hf
+    >>> from torch import nn
+
+    >>> model = repvgg_hf.quantize(nn.Sequential(nn.Linear(8, 4)), bits=3)
+    >>> repvgg_hf.dequantize(model)
+    Sequential(
+      (0): Linear(in_features=8, out_features=4, bias=True)
+    )
+    ```"""
+    if not cluster_layers(model):
+        raise ValueError(f"{type(model).__name__} has no quantized layer: it is float already.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        return model.dequantize(dtype)
+    dequantize_layers(model)
+    for module in model.modules():
+        if getattr(module, "hf_quantizer", None) is not None:
+            module.hf_quantizer.remove_quantization_config(module)
+        elif getattr(module, "is_quantized", None):
+            module.is_quantized = False
+            del module.quantization_config
+    return model if dtype is None else model.to(dtype)
+
+
+def _require_float(model, problem: str) -> None:
+    """Raise `ValueError` for a `model` that is quantized, by this package, with the `problem`, or by another."""
+    config = getattr(model, "quantization_config", None) or getattr(
+        getattr(model, "config", None), "quantization_config", None
+    )
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    method = getattr(method, "value", method)
+    if method not in (None, "cluster"):
+        raise ValueError(
+            f"The model is quantized with {method!r}, by another library: load the float model that it was made from."
+        )
+    if getattr(model, "is_quantized", False) or cluster_layers(model):
+        call = "model.dequantize()" if hasattr(model, "dequantize") else "repvgg_hf.dequantize(model)"
+        raise ValueError(f"The model {problem.format(call)}.")
+
+
+def _settle_names(config, model, layers):
+    """Check the names in `config`, and write those of layers with several names as the first of these.
+
+    Raises `ValueError` for one that is of no layer.
+    """
+    names = {several[0]: several for several in all_names(model).values()}
+    config.check_names([name for first in layers for name in names[first]])
+    for first, *others in (names[first] for first in layers):
+        for other in others:
+            if config.converts(first) and not config.converts(other):
+                config.modules_to_not_convert.append(first)
+            if config.bits_of(other) not in (config.bits, config.bits_of(first)):
+                config.bits_overrides[first] = config.bits_of(other)
+
+
+def _put_fused(model, fused: dict[str, nn.Module]) -> None:
+    """Put the `fused` convolutions in the place of their blocks, and say so in the configurations they belong to."""
+    for name, layer in fused.items():
+        model.set_submodule(name, layer)
+    for module in model.modules():
+        if hasattr(module, "reparameterize"):
+            module.config.deploy = True
 
 
 def resolve_config(method: str | ClusterConfig | None, bits: int | None, options: dict) -> ClusterConfig:
@@ -153,8 +259,10 @@ def _post_training(
 
 def _float_model_and_data(model, calibration, calibration_config: CalibrationConfig):
     """Return a fused float32 copy of `model` in eval mode, and the calibration data on its device."""
-    float_model = copy.deepcopy(model).float().eval().reparameterize()
-    return float_model, CalibrationData(calibration, calibration_config.calibration_batch_size, float_model.device)
+    float_model = copy.deepcopy(model).float().eval()
+    _put_fused(float_model, fused_layers(float_model)[0])
+    device = next(float_model.parameters()).device
+    return float_model, CalibrationData(calibration, calibration_config.calibration_batch_size, device, float_model)
 
 
 def _trained_layers(layers: dict[str, nn.Module], trained: dict, ranges: dict) -> dict[str, QuantizedLayer]:
@@ -168,8 +276,12 @@ def _trained_layers(layers: dict[str, nn.Module], trained: dict, ranges: dict) -
 
 
 def _mark_quantized(model, config: ClusterConfig) -> None:
-    """Set what `from_pretrained` sets on a quantized model, so that this one saves and reloads like it."""
+    """Set what loading sets on a quantized model, so that this one saves and reloads like it."""
+    model.is_quantized = True
+    is_plain_module = not isinstance(model, PreTrainedModel)
+    if is_plain_module:
+        model.quantization_config = config
+        return
     model.config.quantization_config = config
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING["cluster"](config, pre_quantized=True)
-    model.is_quantized = True
     model.quantization_method = config.quant_method

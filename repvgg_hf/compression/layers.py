@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..runtime.layer_swaps import is_plain, layers_left_float, require_quantizable
 from ..runtime.logs import get_logger
 from ..runtime.quantization_cluster import ClusterConfig
+from ..runtime.reparameterization import fused_convolutions
 from .codebooks.weights import QuantizedWeight, quantize_weight
 
 logger = get_logger(__name__)
@@ -31,18 +33,39 @@ class QuantizedLayer:
 
 
 @torch.no_grad()
-def fused_layers(model) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def fused_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Return (the fused convolutions of the blocks of branches, all layers once these are in place), both by name.
 
-    The model itself is not changed.
+    The model itself is not changed. Raises `ValueError` naming the layer if the model can't be quantized.
     """
-    fused = model.fused_convolutions()
+    require_quantizable(model)
+    # a model whose code came with its checkpoint has blocks of that code
+    fused = model.fused_convolutions() if hasattr(model, "fused_convolutions") else fused_convolutions(model)
+    inside = tuple(f"{block}." for block in fused)
     plain = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not any(name.startswith(f"{block}.") for block in fused)
+        # one that is prepared for QAT is of a class of its own
+        if (is_plain(layer) or hasattr(layer, "weight_fake_quant")) and not f"{name}.".startswith(inside)
     }
+    if not fused and not plain:
+        raise ValueError(
+            f"{type(model).__name__} has no plain nn.Linear, nn.Conv1d or nn.Conv2d layer, which are what is quantized."
+        )
     return fused, fused | plain
+
+
+def warn_of_float_layers(model: nn.Module) -> None:
+    """Log which layers of `model` with a weight matrix are of a kind that is not quantized."""
+    kinds = {}
+    for name, kind in layers_left_float(model).items():
+        kinds.setdefault(kind, []).append(name)
+    if kinds:
+        found = "; ".join(f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items())
+        logger.warning(
+            "%d layers stay float, as only plain nn.Linear, nn.Conv1d and nn.Conv2d layers are quantized: %s.",
+            sum(map(len, kinds.values())), found,
+        )  # fmt: skip
 
 
 def require_finite(name: str, layer: nn.Module) -> None:

@@ -10,7 +10,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
+from .checksum_settings import settings_of, stored_settings
 from .cluster_layers import ClusterLayer
+from .marker import is_marker
 
 # as safetensors calls those that we know
 _DTYPES = {
@@ -27,8 +29,6 @@ _DTYPES = {
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# of quantization_config: neither when weights are decoded nor the checksum itself changes what a model computes
-_NOT_COVERED = ("decode", "checksum")
 
 
 def check_checkpoint_form(missing, unexpected, deploy: bool) -> None:
@@ -123,70 +123,56 @@ def tensors_checksum(tensors: Iterable[tuple[str, torch.Tensor]], settings: dict
     return checksum(stored, settings)
 
 
-def settings_of(config: PreTrainedConfig, dtype: torch.dtype | None) -> dict:
-    """Return what the [`checksum`] covers of a model's configuration, as JSON values.
+def fits(there: str, tensors: dict[str, StoredTensor], files: list[str], config: PreTrainedConfig) -> bool:
+    """Tell whether `there` is the [`checksum`] of the `tensors` of some `files` and of the `config.json` beside them.
 
-    These are the fields that the class of `config` declares and `quantization_config`, without those that have their
-    defaults, so that fields of later versions change no checksum; the number of classes; and `dtype`, the one that the
-    model is loaded with. Names of the classes are not among them.
+    Reading that again takes longer than all other checks of a small model: first `config` is tried, which was read from
+    it, and which arguments of `from_pretrained` may have changed.
     """
-    general = {entry.name for entry in fields(PreTrainedConfig)} | {"weights_checksum"}
-    found = {"num_labels": config.num_labels, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
-    found |= {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in general}
-    defaults = {entry.name: entry.default for entry in fields(config)} | {"num_labels": MISSING, "dtype": None}
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        stored = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        found |= {f"quantization_config.{name}": value for name, value in stored.items() if name not in _NOT_COVERED}
-    # as JSON has them: a list for a tuple, a name for a dtype
-    plain = json.loads(json.dumps(found, default=str))
-    return {
-        name: value for name, value in plain.items() if value not in (None, [], {}, _plain(defaults.get(name, MISSING)))
-    }
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def stored_settings(files: list[str], config: PreTrainedConfig) -> dict:
-    """Return the [`settings_of`] the `config.json` that lies beside weight `files`.
-
-    Arguments of `from_pretrained` may have changed fields of `config`; it is taken if there is no such file.
-    """
-    path = Path(files[0]).with_name("config.json")
-    if not path.is_file():
-        return settings_of(config, config.dtype)
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    # from_dict() and the names of a thousand classes would take longer than the rest of the check
-    names = stored.pop("id2label", None)
-    stored.pop("label2id", None)
-    config = type(config)(**stored)
-    return settings_of(config, config.dtype) | ({} if names is None else {"num_labels": len(names)})
+    if there == checksum(tensors, settings_of(config, config.dtype)):
+        return True
+    return there == checksum(tensors, stored_settings(files, config))
 
 
 def check_checkpoint(
-    layers: dict[str, ClusterLayer], files: list[str], config: PreTrainedConfig, base_model_prefix: str
+    layers: dict[str, ClusterLayer], tensors: dict[str, StoredTensor], names: dict[str, str], files: list[str], model
 ) -> None:
-    """Compare the tensors in safetensors `files` with those that cluster `layers` expect, before loading.
+    """Compare the `tensors` of safetensors `files` with those that cluster `layers` of `model` expect, before loading.
 
-    `config` is the model's. A file of a model with a head may be loaded into the base model and the reverse, so that
-    names are compared without `base_model_prefix`.
+    `names` are what the model calls them, see `names_in_model`.
 
     Raises `ValueError` naming the tensor and the file for a wrong shape or dtype, a missing tensor, or contents or a
     configuration that don't fit the checksum.
     """
-    prefix = f"{base_model_prefix}."
-    layers = {name.removeprefix(prefix): layer for name, layer in layers.items()}
-    expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.stored().items()}
     where = ", ".join(map(str, files))
-    tensors = read_tensors(files)
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    check_tensors(
+        {name.removeprefix(prefix): layer for name, layer in layers.items()},
+        {names[name].removeprefix(prefix): (name, tensor) for name, tensor in tensors.items()},
+        where,
+    )
+    config = model.config
+    checksum_there = config.quantization_config.checksum
+    if checksum_there is not None and not fits(checksum_there, tensors, files, config):
+        raise ValueError(
+            f"The tensors in {where} don't fit the checksum in config.json, or fields of config.json were changed: a "
+            "file is damaged or of another model. Download both again with force_download=True, or save both again; if "
+            "you changed weights or fields on purpose, remove checksum from quantization_config."
+        )
+
+
+def check_tensors(layers: dict[str, ClusterLayer], tensors: dict[str, tuple[str, StoredTensor]], where: str) -> None:
+    """Compare `tensors`, each with its name in the file, with those that `layers` expect, both by name in the model.
+
+    `where` is the file, for messages. Raises `ValueError` naming the first tensor that differs, lacks or is too many.
+    """
+    expected = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.stored().items()}
     strays = []  # float weights, or scales that quantization_config doesn't tell of
-    for name, tensor in tensors.items():
-        layer, _, key = name.removeprefix(prefix).rpartition(".")
-        if layer in layers and f"{layer}.{key}" not in expected:
+    for full_name, (name, tensor) in tensors.items():
+        layer, _, key = full_name.rpartition(".")
+        if layer in layers and full_name not in expected and not is_marker(full_name, tensor.shape):
             strays.append(name)
-        wanted = expected.pop(f"{layer}.{key}", tensor)
+        wanted = expected.pop(full_name, tensor)
         # a bias is converted to the model's dtype, as in a float model
         converted = key == "bias" and tensor.dtype in _FLOATS
         if tensor.shape != list(wanted.shape) or (tensor.dtype != wanted.dtype and not converted):
@@ -206,13 +192,6 @@ def check_checkpoint(
             f"{strays[0]} in {where} is none of the tensors that quantization_config asks for: config.json and the "
             "weights are not of the same model, or one of them was edited. Download both again, or quantize the float "
             "model again."
-        )
-    checksum_there = config.quantization_config.checksum
-    if checksum_there is not None and checksum_there != checksum(tensors, stored_settings(files, config)):
-        raise ValueError(
-            f"The tensors in {where} don't fit the checksum in config.json, or fields of config.json were changed: a "
-            "file is damaged or of another model. Download both again with force_download=True, or save both again; if "
-            "you changed weights or fields on purpose, remove checksum from quantization_config."
         )
 
 
@@ -262,7 +241,7 @@ def check_published_weights(name, config: PreTrainedConfig, arguments: dict) -> 
         return
     commit = getattr(config, "_commit_hash", None)
     files = weight_files(name, **(arguments | {"revision": commit} if commit else arguments))
-    if files and weights_checksum(files, config) != config.weights_checksum:
+    if files and not fits(config.weights_checksum, read_tensors(files), files, config):
         raise ValueError(
             f"The tensors in {', '.join(files)} don't fit weights_checksum in config.json, or fields of config.json "
             f"were changed: a file is damaged or of another model. {AGAIN} If you changed weights or fields on "
@@ -287,7 +266,8 @@ __all__ = [
     "check_checkpoint",
     "check_checkpoint_form",
     "check_published_weights",
-    "settings_of",
+    "check_tensors",
+    "read_tensors",
     "tensors_checksum",
     "unreadable_weights",
     "weight_files",

@@ -1,4 +1,4 @@
-"""Layers whose weight is stored as packed codes and a codebook: putting them into a model, decoding, checking.
+"""Layers whose weight is stored as packed codes and a codebook: decoding and checking them.
 
 W[o, ...] = scale[o] * codebook[group(o)][code[o, ...]]
 
@@ -12,13 +12,14 @@ x_q = (clamp(round(x / input_scale) + input_zero_point, 0, 2**bits - 1) - input_
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .packing import lookup_packed, pack_codes, packed_size, unpack_codes
-from .tensors import channels_last, has_memory, require_in_memory
+from .tensors import channels_last, has_memory
 
 CODEBOOK_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 
@@ -40,7 +41,7 @@ class ClusterLayer(nn.Module):
     Args:
         layer (`nn.Module`): the float layer whose place it takes; only its shapes, bias, dtype and device are read.
         bits (`int`): bits of a code, 1 to 8.
-        groups (`int`): number of codebooks, divides the output channels.
+        num_codebooks (`int`): number of codebooks, divides the output channels.
         channel_scale (`bool`): whether there is a scale per output channel.
         codebook_dtype (`torch.dtype`): `torch.float16`, `torch.float32` or `torch.int8`.
         on_the_fly (`bool`, defaults to `False`): decode in every forward pass instead of keeping the dense weight
@@ -53,7 +54,7 @@ class ClusterLayer(nn.Module):
         self,
         layer: nn.Module,
         bits: int,
-        groups: int,
+        num_codebooks: int,
         channel_scale: bool,
         codebook_dtype: torch.dtype,
         on_the_fly: bool = False,
@@ -62,12 +63,14 @@ class ClusterLayer(nn.Module):
         super().__init__()
         self.weight_shape = tuple(layer.weight.shape)
         self.weight_numel = layer.weight.numel()
-        self.bits, self.groups, self.on_the_fly = bits, groups, on_the_fly
+        self.bits, self.num_codebooks, self.on_the_fly = bits, num_codebooks, on_the_fly
         self.activation_bits = activation_bits
         device = layer.weight.device
         codes = torch.empty(packed_size(self.weight_numel, bits), dtype=torch.uint8, device=device)
         self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight_codebook", torch.empty(groups, 2**bits, dtype=codebook_dtype, device=device))
+        self.register_buffer(
+            "weight_codebook", torch.empty(num_codebooks, 2**bits, dtype=codebook_dtype, device=device)
+        )
         scale = torch.empty(self.weight_shape[0], dtype=torch.float32, device=device) if channel_scale else None
         self.register_buffer("weight_scale", scale)
         if activation_bits is not None:
@@ -78,7 +81,7 @@ class ClusterLayer(nn.Module):
         self.forget_weight()
 
     def set_codes(self, codes: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor | None = None):
-        """Store uint8 `codes` of the weight's shape, `codebook` `[groups, 2**bits]` and `scale` `[out]` or `None`."""
+        """Store uint8 `codes` of the weight's shape, a `codebook` `[num_codebooks, 2**bits]`, and a `scale` `[out]`."""
         self.weight_codes.copy_(pack_codes(codes, self.bits))
         self.weight_codebook.copy_(codebook)
         if self.weight_scale is not None:
@@ -200,66 +203,86 @@ class ClusterLayer(nn.Module):
                 f"{2**self.activation_bits - 1}; {fix}"
             )
 
+    def float_layer(self) -> nn.Module:
+        """Return a float layer of the same shape, without memory."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         scale = ", channel_scale" if self.weight_scale is not None else ""
         dtype = str(self.weight_codebook.dtype).removeprefix("torch.")
         activation = f", activation_bits={self.activation_bits}" if self.activation_bits is not None else ""
         return (
-            f"weight={list(self.weight_shape)}, bits={self.bits}, codebooks={self.groups} x {dtype}{scale}{activation}"
+            f"weight={list(self.weight_shape)}, bits={self.bits}, codebooks={self.num_codebooks} x {dtype}{scale}"
+            f"{activation}"
         )
 
 
-class ClusterConv2d(ClusterLayer):
-    """An `nn.Conv2d` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
+class ClusterConv(ClusterLayer):
+    """Base of the convolutions whose weight is stored as codes and a codebook.
 
-    def __init__(self, layer: nn.Conv2d, *args, **kwargs):
+    They have the attributes that describe an `nn.Conv1d` or `nn.Conv2d` (`kernel_size`, `groups`, `padding_mode`, ...).
+    """
+
+    float_class: type[nn.Module]  # whose place it takes
+    convolve: Callable[..., torch.Tensor]
+
+    def __init__(self, layer: nn.Module, *args, **kwargs):
         super().__init__(layer, *args, **kwargs)
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.conv_groups = layer.groups
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode = layer.padding, layer.padding_mode
+        self.pads = layer._reversed_padding_repeated_twice  # for each side, the last dimension first, as F.pad takes it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight  # first: see ClusterLayer.weight
         x = self.quantized_input(x)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.conv_groups)
+        if self.padding_mode == "zeros":
+            return self.convolve(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.pad(x, self.pads, self.padding_mode)
+        return self.convolve(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def float_layer(self) -> nn.Module:
+        return self.float_class(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, bias=self.bias is not None, padding_mode=self.padding_mode, device="meta",
+        )  # fmt: skip
+
+
+class ClusterConv1d(ClusterConv):
+    """An `nn.Conv1d` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
+
+    float_class = nn.Conv1d
+    convolve = staticmethod(F.conv1d)
+
+
+class ClusterConv2d(ClusterConv):
+    """An `nn.Conv2d` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
+
+    float_class = nn.Conv2d
+    convolve = staticmethod(F.conv2d)
 
 
 class ClusterLinear(ClusterLayer):
     """An `nn.Linear` whose weight is stored as codes and a codebook, see [`ClusterLayer`]."""
 
+    def __init__(self, layer: nn.Linear, *args, **kwargs):
+        super().__init__(layer, *args, **kwargs)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight  # first: see ClusterLayer.weight
         return F.linear(self.quantized_input(x), weight, self.bias)
 
+    def float_layer(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
 
-LAYER_CLASSES = {nn.Conv2d: ClusterConv2d, nn.Linear: ClusterLinear}
+
+LAYER_CLASSES = {nn.Conv1d: ClusterConv1d, nn.Conv2d: ClusterConv2d, nn.Linear: ClusterLinear}
 
 
 def cluster_layers(model: nn.Module) -> dict[str, ClusterLayer]:
-    """Return the cluster layers of `model`, by name."""
+    """Return the cluster layers of `model`, by name; one that has several names is there under the first."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ClusterLayer)}
-
-
-def replace_with_cluster_layers(model: nn.Module, config) -> dict[str, ClusterLayer]:
-    """Put empty cluster layers in the place of those that `config`, a `ClusterConfig`, converts; returns them by name.
-
-    Converted are the convolutions and linear layers of a fused `model`.
-    """
-    layers = {
-        name: LAYER_CLASSES[type(layer)](
-            layer,
-            bits=config.bits_of(name),
-            groups=config.groups_of(name, layer.weight.shape[0]),
-            channel_scale=config.channel_scale,
-            codebook_dtype=CODEBOOK_DTYPES[config.codebook_dtype],
-            on_the_fly=config.decode == "on_the_fly",
-            activation_bits=config.activation_bits,
-        )
-        for name, layer in model.named_modules()
-        if type(layer) in LAYER_CLASSES and config.converts(name)
-    }
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    return layers
 
 
 @torch.no_grad()
@@ -288,22 +311,4 @@ def decode_layers(model: nn.Module, on_the_fly: bool | None = None) -> None:
             layer.decode_once()
 
 
-@torch.no_grad()
-def dequantize_layers(model: nn.Module) -> None:
-    """Replace every cluster layer in `model` by the float layer with the decoded weight, which rounds no input."""
-    require_in_memory(model)
-    for name, layer in cluster_layers(model).items():
-        weight = layer.decoded()
-        if isinstance(layer, ClusterConv2d):
-            out_channels, in_channels, *kernel_size = layer.weight_shape
-            dense = nn.Conv2d(
-                in_channels * layer.conv_groups, out_channels, kernel_size, layer.stride, layer.padding,
-                layer.dilation, layer.conv_groups, bias=layer.bias is not None, device="meta",
-            )  # fmt: skip
-        else:
-            dense = nn.Linear(layer.weight_shape[1], layer.weight_shape[0], bias=layer.bias is not None, device="meta")
-        dense.weight, dense.bias = nn.Parameter(weight.contiguous()), layer.bias
-        model.set_submodule(name, dense)
-
-
-__all__ = ["ClusterConv2d", "ClusterLayer", "ClusterLinear", "fake_quantize"]
+__all__ = ["ClusterConv1d", "ClusterConv2d", "ClusterLayer", "ClusterLinear", "fake_quantize"]

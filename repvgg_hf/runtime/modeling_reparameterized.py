@@ -15,18 +15,15 @@ from transformers import PreTrainedModel
 from typing_extensions import Self, Unpack
 
 from .checkpoints import check_checkpoint_form, check_published_weights, unreadable_weights
-from .cluster_layers import (
-    check_layers,
-    cluster_layers,
-    decode_layers,
-    dequantize_layers,
-    replace_with_cluster_layers,
-)
+from .cluster_layers import check_layers, cluster_layers, decode_layers
 from .image_processor_file import PROCESSOR_FILE, ImageProcessorFile
+from .layer_swaps import dequantize_layers, replace_with_cluster_layers
 from .new_layers import check_quantized_on_loading, check_sizes, warn_of_new_layers, without_layers
 from .quantization_cluster import ClusterConfig, ClusterOptions
+from .quantizer_cluster import ClusterQuantizer, require_fused
 from .reparameterization import ReparamConv2d, checkpoint_once, fused_convolutions
 from .saving import finish_before_loading, replace_files
+from .whole_package import import_compression
 
 
 class ReparameterizedPreTrainedModel(PreTrainedModel):
@@ -42,9 +39,24 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        settings = self.config.qat_config
-        if settings is not None and next(self.parameters()).is_meta:  # from_pretrained: a QAT checkpoint follows
-            _import_compression("A checkpoint of quantization-aware training").restore_qat(self, settings)
+        if not next(self.parameters()).is_meta:
+            return
+        # from_pretrained: a checkpoint follows
+        if self.config.qat_config is not None:
+            compression = import_compression("A checkpoint of quantization-aware training")
+            compression.restore_qat(self, self.config.qat_config)
+        # of the model that is loaded it is an object by now, and goes to the quantizer: this is a part of another one
+        quantization = getattr(self.config, "quantization_config", None)
+        if _is_cluster_dict(quantization) and not self.is_part:
+            self._prepare_as_quantized_part(ClusterConfig.from_dict(quantization))
+
+    def _prepare_as_quantized_part(self, config: ClusterConfig) -> None:
+        """Make room for the codes of a backbone that was quantized on its own, in a checkpoint of the whole model."""
+        require_fused(self.config)
+        self.replace_with_cluster_layers(config)
+        self.config.quantization_config = config
+        self.hf_quantizer = ClusterQuantizer(config, pre_quantized=True)
+        self.is_quantized, self.quantization_method = True, config.quant_method
 
     def _set_gradient_checkpointing(
         self, enable=True, gradient_checkpointing_func=torch.utils.checkpoint.checkpoint, **kwargs
@@ -133,7 +145,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         >>> model.save_pretrained("repvgg-a0-w3")
         ```"""
         self._require_whole_model("quantize()")
-        return _import_compression("quantize()").quantize(
+        return import_compression("quantize()").quantize(
             self, method, bits, calibration=calibration, calibration_config=calibration_config, **options
         )
 
@@ -169,7 +181,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         finite, `TypeError` for an unknown option; the model is then unchanged.
         """
         self._require_whole_model("prepare_qat()")
-        return _import_compression("prepare_qat()").prepare_qat(
+        return import_compression("prepare_qat()").prepare_qat(
             self,
             method,
             bits,
@@ -234,6 +246,8 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         """
         _refuse_other_formats(cls, kwargs)
         kwargs = finish_before_loading(pretrained_model_name_or_path, kwargs)
+        if _is_cluster_dict(kwargs.get("quantization_config")):
+            kwargs = kwargs | {"quantization_config": ClusterConfig.from_dict(kwargs["quantization_config"])}
         ignored = kwargs.pop("ignore_mismatched_sizes", False)  # else refused below, by what and where differs
         try:
             model, info = super().from_pretrained(
@@ -270,7 +284,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         check_quantized_on_loading(self, missing, info["mismatched_keys"])
         warn_of_new_layers(name, new, "stays float (modules_to_not_convert)")
         if getattr(self, "qat_settings", None) is not None:
-            compression = _import_compression("A checkpoint of quantization-aware training")
+            compression = import_compression("A checkpoint of quantization-aware training")
             compression.settle_qat(self, name, info["missing_keys"], info["mismatched_keys"])
 
     def load_state_dict(self, state_dict, *args, **kwargs):
@@ -303,6 +317,10 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
             super().save_pretrained(folder, *args, push_to_hub=push_to_hub, **kwargs)
 
 
+def _is_cluster_dict(quantization) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "cluster"
+
+
 def _refuse_other_formats(cls: type, arguments: dict) -> None:
     """Raise `ValueError` for an argument of `from_pretrained` that asks for weights in a format that no model has."""
     for name in ("from_tf", "from_flax", "gguf_file"):
@@ -311,14 +329,6 @@ def _refuse_other_formats(cls: type, arguments: dict) -> None:
                 f"{name}={arguments[name]!r}: {cls.__name__} has no weights in that format. Load the folder or "
                 "repository that save_pretrained() wrote, in safetensors, without this argument."
             )
-
-
-def _import_compression(caller: str):
-    try:
-        import repvgg_hf.compression as compression
-    except ImportError as error:
-        raise ImportError(f"{caller} is part of the package: `pip install repvgg-hf`.") from error
-    return compression
 
 
 __all__ = ["ReparameterizedPreTrainedModel"]

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cluster_layers import ClusterLayer
 from .configuration_repvgg import RepVGGConfig
 from .modeling_reparameterized import ReparameterizedPreTrainedModel
 from .reparameterization import ReparamConv2d
@@ -145,6 +146,13 @@ class RepVGGPreTrainedModel(ReparameterizedPreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, ClusterLayer):
+            in_memory = [tensor for tensor in module.stored().values() if not tensor.is_meta]  # the rest was offloaded
+            if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in in_memory):
+                raise ValueError(
+                    "The configuration of the RepVGG backbone says that it is quantized (quantization_config), and the "
+                    "checkpoint lacks its codes: remove that from config.json to load a float one, or save it again."
+                )
         else:
             super()._init_weights(module)
 

@@ -7,9 +7,8 @@ anew; the rest is as it was.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from safetensors import safe_open
-
-from .cluster_layers import LAYER_CLASSES, cluster_layers
+from .cluster_layers import cluster_layers
+from .layer_swaps import convertible_layers
 from .logs import get_logger
 
 logger = get_logger(__name__)
@@ -32,28 +31,22 @@ class NewLayer:
         return "no such layer" if self.stored is None else f"one with {self.stored} outputs"
 
 
-def find_new_layers(model, files: list[str], config) -> dict[str, NewLayer]:
+def find_new_layers(model, shapes: dict[str, list[int]], config) -> dict[str, NewLayer]:
     """Find the layers that a quantized checkpoint lacks or has with another number of outputs, before it is loaded.
 
     Args:
         model: on the meta device, still float.
-        files: the checkpoint's, in safetensors.
+        shapes: those of the checkpoint's tensors, by the names in the model.
         config: the `ClusterConfig` that says which layers are quantized there.
 
     A layer of the base model that is missing is not new but damage, which `check_checkpoint` finds. Returns them by
     name.
     """
     prefix = f"{model.base_model_prefix}."
-    shapes = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            shapes |= {name.removeprefix(prefix): file.get_slice(name).get_shape() for name in names}
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     stored = {name.rpartition(".")[0] for name in shapes}
     found = {}
-    for name, layer in model.named_modules():
-        if type(layer) not in LAYER_CLASSES or not config.converts(name):
-            continue
+    for name, layer in convertible_layers(model, config).items():
         place, outputs = name.removeprefix(prefix), layer.weight.shape[0]
         bias = shapes.get(f"{place}.bias")
         if place not in stored and is_outside_base(model, name):
@@ -96,6 +89,8 @@ def check_sizes(name, mismatched: Iterable[tuple], ignored: bool) -> None:
 def check_quantized_on_loading(model, missing: Iterable[str], mismatched: Iterable[tuple]) -> None:
     """Raise `ValueError` if a float checkpoint was quantized on loading together with layers that are untrained."""
     absent = {*missing, *(key for key, *_ in mismatched)}
+    if not absent:
+        return
     new = [name for name in cluster_layers(model) if any(key.startswith(f"{name}.") for key in absent)]
     if new:
         raise ValueError(

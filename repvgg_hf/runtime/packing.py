@@ -14,6 +14,8 @@ import math
 
 import torch
 
+from .tensors import has_memory
+
 
 def packed_size(numel: int, bits: int) -> int:
     """Return the number of bytes that `numel` codes of `bits` bits take."""
@@ -86,9 +88,10 @@ def lookup_packed(packed: torch.Tensor, codebook: torch.Tensor, bits: int, numel
     if groups > 1:
         index += table.shape[1] * torch.arange(groups, dtype=torch.int32, device=index.device)[:, None]
     table = table.flatten(0, 1)  # [groups * rows, codes per row]
-    if table.shape[1] == 2:
-        table = table.contiguous().view(torch.int64)  # numbers are gathered several times as fast as rows of two
-    return table.squeeze(1).index_select(0, index.view(-1)).view(torch.float32).view(-1)
+    if table.shape[1] == 2 and (torch.compiler.is_compiling() or has_memory(table)):  # `vmap` has no `view(dtype)`
+        # numbers are gathered several times as fast as rows of two
+        return table.contiguous().view(torch.int64).view(-1).index_select(0, index.view(-1)).view(torch.float32)
+    return table.squeeze(1).index_select(0, index.view(-1)).view(-1)
 
 
 __all__ = ["lookup_packed", "pack_codes", "packed_size", "unpack_codes"]

@@ -1,18 +1,13 @@
-"""The configuration of quantized models, and the quantizer that loads them with `from_pretrained`."""
+"""The configuration of quantized models."""
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypedDict
 
-import torch
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoints import check_checkpoint, settings_of, tensors_checksum
-from .cluster_layers import CODEBOOK_DTYPES, ClusterConv2d, ClusterLayer, ClusterLinear
-from .new_layers import NewLayer, find_new_layers
+from .cluster_layers import CODEBOOK_DTYPES
+from .fused_structure import check_fused_structure
 from .options import suggest_options
 from .quantization_methods import METHODS, QuantizationMethod
 
@@ -177,6 +172,8 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
         activation_bits: 2 to 8 also rounds the input of every converted layer, to integers with a fixed scale and
             zero point for the whole tensor, which `quantize()` finds on `calibration` data. `None`: weights only.
         format_version: of the tensors on disk; this version of the package reads and writes 1.
+        fused_structure: what `repvgg_hf.fuse` has put into the model, an entry `{"name": ..., "kind": ..., ...}` for
+            each module, so that loading rebuilds it before the weights come. `None` if it is as its class makes it.
         checksum: of all tensors of the checkpoint and of the configuration's fields that change what the model
             computes, written by `save_pretrained` and checked by `from_pretrained`.
         quant_method: how Transformers finds this class: `"cluster"`.
@@ -193,6 +190,7 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
     ```"""
 
     format_version: int = field(default=FORMAT_VERSION, kw_only=True)
+    fused_structure: list[dict] | None = field(default=None, kw_only=True)
     checksum: str | None = field(default=None, kw_only=True)
     quant_method: str = field(default="cluster", kw_only=True)
 
@@ -200,6 +198,8 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
         if self.quant_method != "cluster":
             raise ValueError(f"quant_method must be 'cluster', got {self.quant_method!r}.")
         _check_format(self.format_version)
+        if self.fused_structure is not None:
+            check_fused_structure(self.fused_structure)
         super().__post_init__()
 
     @classmethod
@@ -210,6 +210,13 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
         """
         _check_format(config_dict.get("format_version", FORMAT_VERSION))
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict:
+        """Return the fields as JSON values, `fused_structure` only if there is one."""
+        values = super().to_dict()
+        if values["fused_structure"] is None:
+            del values["fused_structure"]
+        return values
 
     def bits_of(self, name: str) -> int:
         """Return the bits of the layer called `name`."""
@@ -280,100 +287,4 @@ def _check_format(version) -> None:
         )
 
 
-def _require_safetensors(files: list[str] | None) -> None:
-    """Raise `ValueError` unless a quantized checkpoint is in safetensors `files`, the only ones that are checked."""
-    others = [str(file) for file in files or [] if Path(file).suffix != ".safetensors"]
-    if others or not files:
-        raise ValueError(
-            f"Quantized weights are loaded from safetensors files only, got {', '.join(others) or 'a state_dict'}: "
-            "names, dtypes, shapes and the checksum are checked in the files, and what is missing would be memory with "
-            "arbitrary contents. Load the folder that save_pretrained() wrote, without use_safetensors=False; for "
-            "tensors in memory call load_state_dict() of a model that is quantized the same way."
-        )
-
-
-class ClusterQuantizer(HfQuantizer):
-    """The part of `from_pretrained` that loads quantized checkpoints, and quantizes float ones on the fly.
-
-    The model does the work through its own methods, so that a model whose code came with a checkpoint gets layers of
-    that code, also while the package is installed.
-    """
-
-    requires_calibration = False
-    new_layers: dict[str, NewLayer] = {}  # that the checkpoint does not have, or with other sizes: they stay float
-
-    def update_dtype(self, dtype):
-        # fusing and clustering in half precision would cost accuracy: load in float32, cast when done
-        self.final_dtype = dtype
-        return dtype if self.pre_quantized else torch.float32
-
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        if not self.pre_quantized:
-            return
-        if not model.config.deploy:
-            raise ValueError(
-                "config.json has a quantization_config but deploy=False: quantized checkpoints hold fused kernels. "
-                "Set deploy to true in config.json if its keys end in weight_codes, or remove quantization_config."
-            )
-        _require_safetensors(checkpoint_files)
-        self.new_layers = find_new_layers(model, checkpoint_files, self.quantization_config)
-        kept = self.quantization_config.modules_to_not_convert
-        self.quantization_config.modules_to_not_convert = [*kept, *self.new_layers]
-        layers = model.replace_with_cluster_layers(self.quantization_config)
-        check_checkpoint(layers, checkpoint_files, model.config, model.base_model_prefix)
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        if not self.pre_quantized:
-            model.is_quantized = False  # not yet, although it was announced before the weights were loaded
-            model.quantize(self.quantization_config).to(self.final_dtype)
-            model.config.dtype = self.final_dtype
-            return
-        model.check_cluster_layers()
-
-    def _dequantize(self, model, dtype=None):
-        model.replace_with_float_layers()
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # config.json holds its name
-        return model if dtype is None else model.to(dtype)
-
-    def get_state_dict_and_metadata(self, model):
-        from transformers.integrations.accelerate import load_offloaded_parameter  # rarely needed, and internal
-
-        # in config.json, which is written next: safetensors writes several metadata keys in random order, and saving
-        # the same model twice shall give the same bytes
-        tensors = (
-            (name, load_offloaded_parameter(model, name) if tensor.is_meta else tensor)
-            for name, tensor in model.state_dict().items()
-        )
-        self.quantization_config.checksum = tensors_checksum(tensors, settings_of(model.config, model.dtype))
-        return None, {}
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether `Trainer` takes the model, also to evaluate it: what stayed float (biases) trains, codes don't."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-
-# `setdefault`: a copy of this file that came with a checkpoint may meet the installed package in one process
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("cluster", ClusterConfig)
-AUTO_QUANTIZER_MAPPING.setdefault("cluster", ClusterQuantizer)
-
-__all__ = [
-    "ClusterConfig",
-    "ClusterOptions",
-    "ClusterConv2d",
-    "ClusterLayer",
-    "ClusterLinear",
-    "ClusterQuantizer",
-    "QuantizationOptions",
-]
+__all__ = ["ClusterConfig", "ClusterOptions", "QuantizationOptions"]

@@ -17,6 +17,7 @@ class QuantizationMethod:
         name (`str`): the value of `ClusterConfig.method`.
         title (`str`): what its codebooks are called on cards.
         options (`dict`): the fields of `ClusterConfig` that only this method has, with their defaults.
+        qat_options (`tuple`): the fields of `QATConfig` that only this method has.
         fit: `fit(rows, k, groups, config, importance) -> (codebook, scale)`, for the least weight error; see
             `compression/codebooks/weights.py`.
         refit: `refit(problem, weight, config) -> weight`, for the least output error with given codes; see
@@ -28,6 +29,7 @@ class QuantizationMethod:
     name: str
     title: str
     options: dict[str, object] = {}
+    qat_options: tuple[str, ...] = ()
     fit: Callable | None = None
     refit: Callable | None = None
     fake_quantizer: Callable | None = None
@@ -52,6 +54,7 @@ class ClusterMethod(QuantizationMethod):
     """The method that finds codebooks by one-dimensional k-means."""
 
     name, title = "cluster", "k-means codebooks"
+    qat_options = ("codebook_momentum", "codebook_update_every")
 
     def default_channel_scale(self, config) -> bool:
         # with one codebook for a tensor it costs 0.01 to 0.04 bits per weight

@@ -301,6 +301,13 @@ class ReparamConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.sum_of_branches(x)
 
+    def empty_convolution(self, **kwargs) -> nn.Conv2d:
+        """Return an `nn.Conv2d` of the shape that the block fuses into; `kwargs` may be its device and dtype."""
+        return nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.kernel_size[0] // 2,
+            groups=self.groups, **kwargs,
+        )  # fmt: skip
+
     @torch.no_grad()
     def fuse(self, tolerance: float = 1e-4) -> nn.Conv2d:
         """Return the equivalent float32 `nn.Conv2d`, checked on a random batch. The block itself is not changed.
@@ -310,10 +317,7 @@ class ReparamConv2d(nn.Module):
         """
         block = copy.deepcopy(self).float().eval()
         kernel, bias = block.equivalent()
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.kernel_size[0] // 2,
-            groups=self.groups, device="meta",
-        )  # fmt: skip
+        conv = self.empty_convolution(device="meta")
         conv.weight = nn.Parameter(kernel.contiguous())
         conv.bias = nn.Parameter(bias)
         # checked in float64 on the CPU: a GPU may run float32 convolutions in TF32, too coarse

@@ -1,9 +1,14 @@
 """Fixtures of the tests of compression."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from repvgg_hf import RepVGGForImageClassification
+
+sys.path.insert(0, str(Path(__file__).parent))  # of tiny_models, which a process of its own imports too
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """What the test of fresh processes runs: loads checkpoints in processes that have imported nothing but the package.
 
-python fresh_process.py ENTRY_POINT[,ENTRY_POINT ...] INPUTS OUTPUTS FOLDER ...
+python fresh_process.py INPUTS OUTPUTS ENTRY_POINT=FOLDER ...
 
-Each folder is loaded by a process of its own. Importing takes seconds, so that these are copies (forks) of one process
-that has imported the package and what the entry point itself is, and has neither loaded a model nor run a tensor.
+Each of the last is loaded by a process of its own; what comes out of the model is in the file of its number. Importing
+takes seconds, so that these are copies (forks) of one process that has imported the package and what the entry points
+themselves are, and has neither loaded a model nor run a tensor.
 """
 
 import importlib
@@ -75,23 +76,22 @@ def load(entry_point: str, folder: str, inputs: str, output: str) -> None:
 
 
 def main() -> None:
-    entry_points, inputs, outputs, *folders = sys.argv[1:]
-    entry_points = entry_points.split(",")
-    if "evaluate" in entry_points:
+    inputs, outputs, *tasks = sys.argv[1:]
+    tasks = [task.split("=", 1) for task in tasks]
+    if any(entry_point == "evaluate" for entry_point, _ in tasks):
         import repvgg_hf.recipes.evaluate  # noqa: F401
     else:
         for name in TRANSFORMERS:
             importlib.import_module(f"transformers.{name}")
         assert "repvgg_hf.compression" not in sys.modules and "repvgg_hf.runtime.modeling_repvgg" not in sys.modules
-    for entry_point in entry_points:
-        for number, folder in enumerate(folders):
-            child = os.fork()
-            if child == 0:
-                load(entry_point, folder, inputs, os.path.join(outputs, f"{entry_point}-{number}.pt"))
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
-            os.waitpid(child, 0)
+    for number, (entry_point, folder) in enumerate(tasks):
+        child = os.fork()
+        if child == 0:
+            load(entry_point, folder, inputs, os.path.join(outputs, f"{number}.pt"))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from repvgg_hf import ClusterConv2d, ClusterLinear
-from repvgg_hf.runtime.cluster_layers import check_layers, decode_layers, dequantize_layers, fake_quantize
+from repvgg_hf.runtime.cluster_layers import check_layers, decode_layers, fake_quantize
+from repvgg_hf.runtime.layer_swaps import dequantize_layers
 
 CONV = nn.Conv2d(6, 12, (3, 5), stride=2, padding=(1, 2), dilation=(1, 2), groups=2)
 LINEAR = nn.Linear(20, 12)

@@ -1,6 +1,7 @@
 """Every form of checkpoint loads in a process that has imported nothing else, by every entry point, to the same logits.
 
-The processes are in `fresh_process.py`; each loads one checkpoint.
+The processes are in `fresh_process.py`; each loads one checkpoint. All entry points load some of the forms, and one of
+them each of the others; with `pytest --full` all load all.
 """
 
 import os
@@ -196,23 +197,19 @@ def checkpoints(tmp_path_factory, tiny_config, randomize_batch_norms) -> Checkpo
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"), tiny_config, randomize_batch_norms)
 
 
-def run_fresh(checkpoints: Checkpoints, entry_points, names: list[str], output: Path) -> dict[tuple, dict]:
-    """What a process of its own gives for each entry point and each of the checkpoints called `names`."""
-    for name in names:
+def run_fresh(checkpoints: Checkpoints, tasks: list[tuple[str, str]], output: Path) -> dict[tuple, dict]:
+    """What a process of its own gives for each (entry point, name of a checkpoint)."""
+    for _, name in tasks:
         checkpoints.build(name)
     output.mkdir()
-    folders = [str(checkpoints.folders[name]) for name in names]
+    arguments = [f"{entry_point}={checkpoints.folders[name]}" for entry_point, name in tasks]
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), ",".join(entry_points), str(checkpoints.inputs), str(output), *folders],
+        [sys.executable, str(SCRIPT), str(checkpoints.inputs), str(output), *arguments],
         capture_output=True, text=True, timeout=900,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, cwd=output,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return {
-        (entry_point, name): torch.load(output / f"{entry_point}-{number}.pt")
-        for entry_point in entry_points
-        for number, name in enumerate(names)
-    }
+    return {task: torch.load(output / f"{number}.pt") for number, task in enumerate(tasks)}
 
 
 def failures(results: dict[tuple, dict], checkpoints: Checkpoints) -> dict[tuple, str]:
@@ -239,19 +236,43 @@ def check(result: dict, expected: dict) -> None:
 SAMPLE = ["qat-a8", "qat-uniform-affine", "cluster-per_tensor", "a8"]
 
 
-def test_some_forms(checkpoints, tmp_path):
-    results = run_fresh(checkpoints, ENTRY_POINTS[:-1], SAMPLE, tmp_path / "results")
-    assert failures(results, checkpoints) == {}
+def all_tasks(checkpoints: Checkpoints) -> list[tuple[str, str]]:
+    """Every entry point with every checkpoint that it can load."""
+    return [
+        (entry_point, name)
+        for entry_point in ENTRY_POINTS
+        for name in checkpoints.builders
+        if entry_point in WITHOUT_HEAD or not name.startswith("RepVGG")
+    ]
 
 
+def sample_of_tasks(checkpoints: Checkpoints) -> list[tuple[str, str]]:
+    """Every entry point but `evaluate` with the forms of `SAMPLE`, and one of them with each other form in turn."""
+    tasks = [(entry_point, name) for entry_point in ENTRY_POINTS[:-1] for name in SAMPLE]
+    for number, name in enumerate(name for name in checkpoints.builders if name not in SAMPLE):
+        entry_points = WITHOUT_HEAD if name.startswith("RepVGG") else ENTRY_POINTS[:-1]
+        tasks.append((entry_points[number % len(entry_points)], name))
+    return tasks
+
+
+def test_every_form(checkpoints, tmp_path):
+    tasks = sample_of_tasks(checkpoints)
+    assert {name for _, name in tasks} == set(checkpoints.builders)
+    assert failures(run_fresh(checkpoints, tasks, tmp_path / "results"), checkpoints) == {}
+
+
+def test_evaluate(checkpoints, tmp_path):
+    tasks = [("evaluate", name) for name in [*SAMPLE, "train", "fused"]]
+    assert failures(run_fresh(checkpoints, tasks, tmp_path / "results"), checkpoints) == {}
+
+
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_every_form(entry_point, checkpoints, tmp_path):
-    without_head = entry_point in WITHOUT_HEAD
-    names = [name for name in checkpoints.builders if without_head or not name.startswith("RepVGG")]
-    assert len(names) == len(checkpoints.builders) - (0 if without_head else 12)
-    results = run_fresh(checkpoints, [entry_point], names, tmp_path / "results")
-    assert failures(results, checkpoints) == {}
+def test_every_form_by_every_entry_point(entry_point, checkpoints, tmp_path):
+    tasks = [task for task in all_tasks(checkpoints) if task[0] == entry_point]
+    assert len(tasks) == len(checkpoints.builders) - (0 if entry_point in WITHOUT_HEAD else 12)
+    assert failures(run_fresh(checkpoints, tasks, tmp_path / "results"), checkpoints) == {}
 
 
 def test_a_wrong_result_is_found(checkpoints):

@@ -48,7 +48,7 @@ def test_keyword_arguments_are_the_fields_of_the_config():
     assert fields.pop("bits_overrides") == hints.pop("bits_overrides") | str
     assert {name: fields[name] for name in hints} == hints
     stored = {field.name for field in dataclasses.fields(ClusterConfig)}
-    assert stored - set(fields) == {"bits_overrides", "format_version", "checksum", "quant_method"}
+    assert stored - set(fields) == {"bits_overrides", "format_version", "fused_structure", "checksum", "quant_method"}
 
 
 @pytest.mark.parametrize("cls", OPTIONS)

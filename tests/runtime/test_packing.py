@@ -92,3 +92,13 @@ def test_looking_up_entries(bits, groups, numel):
     for group, entries in enumerate(values.view(groups, -1).tolist()):
         book = codebook[group].tolist()
         assert entries == [book[code] for code in codes[group].tolist()]
+
+
+@pytest.mark.parametrize("numel", [30, 12 * 1024, 12 * 1024 + 3], ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_looking_up_the_entries_of_several_models_at_once(bits, numel, generator):
+    codes = torch.randint(2**bits, (2, numel), generator=generator).to(torch.uint8)
+    packed = torch.stack([pack_codes(row, bits) for row in codes])
+    codebooks = torch.randn(2, 1, 2**bits, generator=generator)
+    values = torch.vmap(lambda codes, codebook: lookup_packed(codes, codebook, bits, numel))(packed, codebooks)
+    assert torch.equal(values, torch.stack([book[0, row.long()] for book, row in zip(codebooks, codes)]))

@@ -168,8 +168,19 @@ class TestLayout:
 
 
 class TestCompile:
-    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(
+        ("form", "context"),
+        [
+            # each form and each context several times, both kinds of training form with gradients
+            pytest.param(form, context, marks=() if sampled else pytest.mark.full)
+            for form, contexts in {
+                "branches": (True, False, True), "fused": (True, True, True), "quantized": (False, True, False),
+                "quantized inputs": (True, False, False), "qat": (False, False, True),
+                "fused qat": (False, True, False),
+            }.items()
+            for context, sampled in zip((torch.no_grad, torch.inference_mode, torch.enable_grad), contexts)
+        ],
+    )  # fmt: skip
     def test_loaded_model(self, make_model, images, form, context, tmp_path):
         """In one graph, the weights of which are not decoded before."""
         torch._dynamo.reset()

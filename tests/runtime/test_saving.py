@@ -18,7 +18,9 @@ KINDS = {"whole_over_whole", "sharded_over_whole", "whole_over_sharded", "sharde
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 11], ids=["every call", "a sample"])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.full]), 11], ids=["every call", "a sample"]
+)
 def test_killed_saves(tmp_path, every):
     """The script asserts that the old model or the new one loads, and that nothing stays after the next save."""
     script = Path(__file__).with_name("kill_saves.py")
