@@ -1,51 +1,123 @@
-"""Quantizing with calibration data, block by block on what the quantized blocks before put out.
+"""Quantizing with calibration data, layer by layer on what the quantized layers before put out.
 
-*Calibration* is choosing codes, codebooks and input ranges for what the layers see and put out on some hundred images,
-instead of for the weights alone.
+*Calibration* is choosing codes, codebooks and input ranges for what the layers see and put out on some hundred
+examples, instead of for the weights alone.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from ...runtime.cluster_layers import fake_quantize
+from ...runtime.layer_swaps import convertible_layers
+from ...runtime.logs import get_logger
 from ...runtime.quantization_cluster import ClusterConfig
 from ..layers import QuantizedLayer, quantize_layer, require_finite
 from .activation_ranges import RangeObserver
 from .activation_store import ActivationStore
-from .blocks import check_chain, quantizable
+from .blocks import is_chain, quantizable
 from .config import CalibrationConfig
 from .data import CalibrationData
 from .gptq import compensated_weight
-from .mixed_precision import choose_bits
+from .graph import LayerRun, record_run
+from .graph_statistics import statistics_in_order
+from .mixed_precision import choose_bits, measure_block_costs, measure_costs
+from .outputs import require_finite_outputs
 from .sensitivity import diagonal_fisher
 from .statistics import InputStatistics
 
+logger = get_logger(__name__)
 
+
+@torch.no_grad()
 def calibrate(
     model: nn.Module, config: ClusterConfig, data: CalibrationData, options: CalibrationConfig
 ) -> tuple[ClusterConfig, dict[str, QuantizedLayer]]:
-    """Quantize a fused float32 `model` with calibration data; its own layers are not changed.
+    """Quantize a fused float32 `model` in eval mode with calibration data; its own layers are not changed.
+
+    A model that is a chain of blocks and says so (`calibration_blocks()`) is gone through block by block; any other
+    network runs again for the layers that come next, and is looked at by hooks.
 
     Returns `config` with the bits that `target_bits_per_weight` chose, and each quantized layer by name. Raises
-    `ValueError` naming the layer if its inputs are all zero.
+    `ValueError` naming the layer if its inputs are all zero, or not finite. A layer that does not run on this data is
+    quantized for its weights alone, with a warning; with `activation_bits` that is a `ValueError`.
     """
-    float_blocks = model.calibration_blocks()
-    layers = [layer for block in float_blocks.items() for layer in quantizable(*block) if config.converts(layer[0])]
-    for name, layer in layers:
+    layers = convertible_layers(model, config)
+    for name, layer in layers.items():
         require_finite(name, layer)
-    check_chain(model, float_blocks, data.batches[0][:2])
-    names = [name for name, _ in layers]
+    blocks = _chain_of(model, data)
+    by_blocks = blocks is not None and options.order == "sequential"
+    runs = {} if by_blocks else record_run(model, layers, data.first(2)[0])
+    running = layers if by_blocks else {name: layer for name, layer in layers.items() if name in runs}
+    idle = [name for name in layers if name not in running]
+    _accept_idle(idle, config)
     if options.target_bits_per_weight is not None:
-        config = choose_bits(float_blocks, data, config, options.target_bits_per_weight)
-    fisher = diagonal_fisher(model, data, names) if options.sensitivity == "fisher" else {}
+        if blocks is None:
+            costs = measure_costs(model, running, data, config)
+        else:
+            costs = measure_block_costs(blocks, data, config)
+        config = choose_bits(costs, layers, config, options.target_bits_per_weight)
+    fisher = diagonal_fisher(model, data, list(running)) if options.sensitivity == "fisher" else {}
 
+    found = {}
+    if by_blocks:
+        source = _statistics_of_blocks(blocks, data, config, options)
+    else:
+        source = _statistics_of_graph(model, runs, data, config, options)
+    for name, layer, statistics in source:
+        found[name] = calibrate_layer(name, layer, layers[name], statistics, fisher.get(name), config, options)
+    for name in idle:
+        found[name] = QuantizedLayer(quantize_layer(name, layers[name], config))
+    return config, found
+
+
+def _chain_of(model: nn.Module, data: CalibrationData) -> dict[str, nn.Module] | None:
+    """Return the blocks of a model that is a chain of them, else `None`."""
+    if not hasattr(model, "calibration_blocks"):
+        return None
+    images = data.images[0][:2]
+    require_finite_outputs(model, model(images))
+    blocks = model.calibration_blocks()
+    if is_chain(model, blocks, images):
+        return blocks
+    logger.warning(
+        "%s does not compute what its blocks do one after the other, as if it was changed: it is calibrated as any "
+        "other network is, which takes longer.",
+        type(model).__name__,
+    )
+    return None
+
+
+def _accept_idle(names: list[str], config: ClusterConfig) -> None:
+    """Warn of layers that don't run on the calibration data.
+
+    Raises `ValueError` if the range of their inputs is wanted.
+    """
+    if not names:
+        return
+    described = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if config.activation_bits is not None:
+        raise ValueError(
+            f"No calibration data reaches {described}, and activation_bits needs the range of their inputs: give data "
+            "that does, or name them in modules_to_not_convert."
+        )
+    logger.warning(
+        "No calibration data reaches %s: quantized for the weights alone. To leave them float name them in "
+        "modules_to_not_convert.",
+        described,
+    )
+
+
+def _statistics_of_blocks(
+    float_blocks: dict[str, nn.Module], data: CalibrationData, config: ClusterConfig, options: CalibrationConfig
+) -> Iterator[tuple[str, nn.Module, InputStatistics]]:
+    """Yield (name, layer of the quantized network, statistics of its inputs), going through a chain of blocks."""
     blocks = copy.deepcopy(float_blocks)
     limit = options.activation_memory * 2**30 / 2
-    inputs, float_inputs = ActivationStore(data.batches, limit), ActivationStore(data.batches, limit)
-    layers = {}
+    inputs, float_inputs = ActivationStore(data.images, limit), ActivationStore(data.images, limit)
     for block_name, block in logging.tqdm(blocks.items(), desc="Calibration"):
         float_block = float_blocks[block_name]
         pairs = zip(quantizable(block_name, block), quantizable(block_name, float_block))
@@ -55,10 +127,23 @@ def calibrate(
                 statistics = InputStatistics.collect(
                     block, layer, inputs, float_block, float_layer, float_inputs, observer
                 )
-                layers[name] = calibrate_layer(name, layer, float_layer, statistics, fisher.get(name), config, options)
+                yield name, layer, statistics
         for index in range(len(inputs)):  # in place: the activations of two blocks don't fit beside each other
             inputs[index], float_inputs[index] = block(inputs[index]), float_block(float_inputs[index])
-    return config, layers
+
+
+def _statistics_of_graph(
+    model: nn.Module,
+    runs: dict[str, LayerRun],
+    data: CalibrationData,
+    config: ClusterConfig,
+    options: CalibrationConfig,
+) -> Iterator[tuple[str, nn.Module, InputStatistics]]:
+    """Yield (name, layer of the quantized network, statistics of its inputs) for any network."""
+    quantized = copy.deepcopy(model)
+    observe = config.activation_bits is not None
+    for name, statistics in statistics_in_order(model, quantized, runs, data, options, observe):
+        yield name, quantized.get_submodule(name), statistics
 
 
 def calibrate_layer(
@@ -76,7 +161,7 @@ def calibrate_layer(
     if not statistics.moments.isfinite().all():
         raise ValueError(
             f"The inputs of {name!r} are NaN, infinite or so large that their squares overflow float32: look for "
-            "extreme values in the layers before it and in the images."
+            "extreme values in the layers before it and in the calibration data."
         )
     if options.error_compensation:
         if not statistics.moments.any():
@@ -86,9 +171,11 @@ def calibrate_layer(
             )
         quantized = compensated_weight(weight, quantized, statistics.moments, config, options.damping)
     decoded = quantized.decoded()
-    layer.weight.data = decoded.contiguous(memory_format=torch.channels_last) if decoded.dim() == 4 else decoded
+    # new parameters: the old ones may be those of another layer, too, whose turn has not come
+    kept = decoded.contiguous(memory_format=torch.channels_last) if decoded.dim() == 4 else decoded
+    layer.weight = nn.Parameter(kept, requires_grad=False)
     if options.bias_correction and layer.bias is not None:
-        layer.bias.data += statistics.mean_error(weight, decoded)
+        layer.bias = nn.Parameter(layer.bias + statistics.mean_error(weight, decoded), requires_grad=False)
     input_range = None
     if config.activation_bits is not None:
         input_range = statistics.observer.quantization(config.activation_bits, options.activation_range)
@@ -101,4 +188,9 @@ def quantize_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -
     device = layer.weight.device
     scale = torch.tensor(scale, dtype=torch.float32, device=device)
     zero_point = torch.tensor(zero_point, dtype=torch.uint8, device=device)
-    layer.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0], scale, zero_point, bits), *args[1:]))
+
+    def rounded(module, args, kwargs):
+        args = args or tuple(kwargs.values())
+        return (fake_quantize(args[0], scale, zero_point, bits),), {}
+
+    layer.register_forward_pre_hook(rounded, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""The options of calibration: choosing how weights and inputs are quantized from images that the model sees."""
+"""The options of calibration: choosing how weights and inputs are quantized from data that the model sees."""
 
 from dataclasses import dataclass, field
 
@@ -6,18 +6,23 @@ from ...runtime.options import suggest_options
 from .activation_ranges import METHODS as ACTIVATION_RANGES
 
 SENSITIVITIES = ("none", "fisher")
+ORDERS = ("sequential", "one_pass")
 
 
 @suggest_options
 @dataclass
 class CalibrationConfig:
-    """Options for how `quantize(calibration=..., calibration_config=...)` uses its images; recipes take them too.
+    """Options for how `quantize(calibration=..., calibration_config=...)` uses its data; recipes take them too.
 
     Args:
-        calibration_batch_size: images per batch, if the data holds single examples.
+        calibration_batch_size: examples per batch, if the data holds single ones.
+        order: quantize each layer for the inputs that it gets from the layers quantized before (`"sequential"`), or all
+            for the inputs that they get in the float model (`"one_pass"`). That is quicker for a network that is no
+            chain of blocks, where each further layer takes another run of the network up to it, and less accurate.
         sensitivity: how much the error of each weight counts in clustering: `"none"` (all alike), or `"fisher"`, the
             squared gradient of the loss (SqueezeLLM, arXiv 2306.07629). Error compensation starts from there and makes
-            up for it, so that it is of use mostly without that.
+            up for it, so that it is of use mostly without that. The loss is the model's own if the data has labels;
+            else a classifier takes what it predicts, and any other model how far its outputs move.
         error_compensation: choose codes and codebooks for the error of the layer's output (GPTQ with a codebook, arXiv
             2210.17323), not for that of its weight.
         bias_correction: move biases so that every layer's mean output is the float model's (arXiv 1906.04721).
@@ -27,12 +32,20 @@ class CalibrationConfig:
             (`"mse"`), or from the least to the largest value seen (`"minmax"`).
         damping: added to the diagonal of the inputs' second moments, as a share of its mean (GPTQ's term).
         activation_memory: GiB of memory for what a block puts out for all images, in both models; what is more goes to
-            a temporary folder, which changes nothing but the time.
+            a temporary folder, which changes nothing but the time. In a network that is no chain of blocks nothing is
+            kept of the layers' inputs but their second moments: this bounds those that are gathered in one pass.
 
     Raises `ValueError` that names the argument and what it accepts, `TypeError` for an unknown one.
     """
 
-    calibration_batch_size: int = field(default=64, metadata={"help": "Calibration images per batch."})
+    calibration_batch_size: int = field(default=64, metadata={"help": "Calibration examples per batch."})
+    order: str = field(
+        default="sequential",
+        metadata={
+            "help": "Inputs to quantize a layer for: sequential (from the layers quantized before) or one_pass (those "
+            "in the float model; quicker, less accurate)."
+        },
+    )
     sensitivity: str = field(
         default="none", metadata={"help": "What a weight's error counts in clustering: none (all alike) or fisher."}
     )
@@ -56,7 +69,8 @@ class CalibrationConfig:
     )
 
     def __post_init__(self):
-        for name, choices in {"sensitivity": SENSITIVITIES, "activation_range": ACTIVATION_RANGES}.items():
+        choices_of = {"order": ORDERS, "sensitivity": SENSITIVITIES, "activation_range": ACTIVATION_RANGES}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("error_compensation", "bias_correction"):

@@ -36,8 +36,9 @@ class LayerProblem:
         self.order = diagonal.mean(dim=0).argsort(descending=True, stable=True)
         self.target = self.rows(weight.float())
         self.moments = moments[:, self.order][:, :, self.order].clone()
-        # inputs that are always zero would make it singular
-        damp = damping * diagonal.mean(dim=1, keepdim=True)
+        # inputs that are always zero would make it singular, also those of a whole group
+        size = diagonal.mean(dim=1, keepdim=True)
+        damp = damping * torch.where(size > 0, size, size.mean())
         self.moments.diagonal(dim1=1, dim2=2).add_(damp)
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:

@@ -6,35 +6,27 @@ from torch import nn
 from .activation_ranges import RangeObserver
 from .config import CalibrationConfig
 from .data import CalibrationData
+from .hooks import run_layers
 
 
 @torch.no_grad()
 def observe_input_ranges(
     model: nn.Module, names: list[str], data: CalibrationData, bits: int, options: CalibrationConfig
 ) -> dict[str, tuple[float, int]]:
-    """Find the (scale, zero point) of the inputs of a fused float model's layers, from one pass over the images.
+    """Find the (scale, zero point) of the inputs of a fused float model's layers, from one pass over the data.
 
     `names` are those of the layers, and `bits` are those of the integers that inputs are rounded to, 2 to 8. Raises
-    `ValueError` naming the layer whose inputs are NaN or infinite, or that no image reaches.
+    `ValueError` naming the layer whose inputs are NaN or infinite, or that no example reaches.
     """
     observers = {name: RangeObserver() for name in names}
 
-    def observe(name):
-        def hook(module, args):
-            try:
-                observers[name].update(args[0])
-            except ValueError as error:
-                raise ValueError(f"The input of {name!r}: {error}") from error
+    def observe(name, x):
+        try:
+            observers[name].update(x)
+        except ValueError as error:
+            raise ValueError(f"The input of {name!r}: {error}") from error
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(observe(name)) for name in names]
-    try:
-        for images in data.batches:
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_layers(model, {name: model.get_submodule(name) for name in names}, data.batches, observe)
     for name, observer in observers.items():
         if observer.min > observer.max:
             raise ValueError(f"{name!r} gets no input when the model runs: name it in modules_to_not_convert.")

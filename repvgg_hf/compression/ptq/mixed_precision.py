@@ -2,9 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging
 
@@ -13,8 +13,11 @@ from ...runtime.quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
 from ..layers import quantize_layer
 from .blocks import quantizable, run_blocks
 from .data import CalibrationData
+from .hooks import every_layer_runs
+from .outputs import class_distance, comparable_outputs, logits_of, relative_error
 
-COST_IMAGES = 128  # a layer's cost is a mean over images, and needs no more of them
+COST_EXAMPLES = 128  # a layer's cost is a mean over examples, and needs no more of them
+CHOICES = range(1, 9)  # of the bits of a layer
 
 MAX_STATES = 200_000  # sizes of a partial allocation that are told apart
 
@@ -60,30 +63,73 @@ def allocate_bits(sizes: dict[str, dict[int, int]], costs: dict[str, dict[int, f
 
 
 @torch.no_grad()
-def measure_costs(
-    blocks: dict[str, nn.Module], data: CalibrationData, config: ClusterConfig, choices: list[int]
+def measure_block_costs(
+    blocks: dict[str, nn.Module], data: CalibrationData, config: ClusterConfig
 ) -> dict[str, dict[int, float]]:
-    """Measure how far the float model's outputs move when one layer alone is quantized, for each choice of its bits.
+    """Measure how far the outputs of a chain of float blocks move when one layer alone is quantized.
 
-    The distance is the Kullback-Leibler divergence of the predictions, or without a classifier the mean squared error
-    of the feature map over its mean square. Each layer is measured from its block on, on up to 128 images.
+    Returns the cost of each layer at each of its [`CHOICES`]. The distance is the Kullback-Leibler divergence of the
+    predictions, or without a classifier the mean squared error of the feature map over its mean square. Each layer is
+    measured from its block on, on up to 128 images.
     """
-    x = torch.cat(data.batches)[:COST_IMAGES]
+    x = torch.cat(data.images)[:COST_EXAMPLES]
     chain = list(blocks.items())
     outputs = run_blocks(blocks.values(), x)
     costs = {}
     for position, (block_name, block) in enumerate(logging.tqdm(chain, desc="Bits against loss")):
         rest = [later for _, later in chain[position:]]
+
+        def cost(rest=rest, x=x):
+            found = run_blocks(rest, x)
+            return class_distance(found, outputs) if "" in blocks else relative_error([found], [outputs])
+
         for name, layer in quantizable(block_name, block):
-            if not config.converts(name):
-                continue
-            costs[name] = {}
-            weight = layer.weight.data
-            for bits in choices:
-                layer.weight.data = quantize_layer(name, layer, with_bits(config, bits)).decoded()
-                costs[name][bits] = output_distance(run_blocks(rest, x), outputs, has_head="" in blocks).item()
-                layer.weight.data = weight
+            if config.converts(name):
+                costs[name] = _costs_of(name, layer, config, cost)
         x = block(x)
+    return costs
+
+
+@torch.no_grad()
+def measure_costs(
+    model: nn.Module, layers: dict[str, nn.Module], data: CalibrationData, config: ClusterConfig
+) -> dict[str, dict[int, float]]:
+    """Measure the same as [`measure_block_costs`] for the `layers` of any float network, by running all of it.
+
+    Outputs are compared as [`comparable_outputs`] says; theirs is the mean over the batches.
+    """
+    batches = data.first(COST_EXAMPLES)
+    examples = sum(map(len, batches))
+    with every_layer_runs():
+        wanted = [comparable_outputs(model, batch.run(model)) for batch in batches]
+
+        def cost():
+            total = 0.0
+            for batch, expected in zip(batches, wanted):
+                outputs = batch.run(model)
+                if logits_of(model, outputs) is not None:
+                    distance = class_distance(logits_of(model, outputs), expected[0])
+                else:
+                    distance = relative_error(comparable_outputs(model, outputs), expected)
+                total = total + distance * len(batch) / examples
+            return total
+
+        progress = logging.tqdm(layers.items(), desc="Bits against loss")
+        return {name: _costs_of(name, layer, config, cost) for name, layer in progress}
+
+
+def _costs_of(name: str, layer: nn.Module, config: ClusterConfig, cost: Callable[[], torch.Tensor]) -> dict[int, float]:
+    """Return the `cost` with this layer quantized, for each of its [`CHOICES`]; the layer stays as it is."""
+    weight, costs = layer.weight, {}
+    try:
+        for bits in CHOICES:
+            decoded = quantize_layer(name, layer, with_bits(config, bits)).decoded()
+            # a new parameter: the old one may be that of another layer, too
+            layer.weight = nn.Parameter(decoded, requires_grad=False)
+            costs[bits] = cost().item()
+            layer.weight = weight
+    finally:
+        layer.weight = weight
     return costs
 
 
@@ -94,21 +140,15 @@ def with_bits(config: ClusterConfig, bits: int) -> ClusterConfig:
     return config
 
 
-def output_distance(outputs: torch.Tensor, wanted: torch.Tensor, has_head: bool) -> torch.Tensor:
-    """Return the mean divergence of `outputs`, logits `[batch, classes]`, from the `wanted` ones.
+def choose_bits(
+    costs: dict[str, dict[int, float]], layers: dict[str, nn.Module], config: ClusterConfig, target: float
+) -> ClusterConfig:
+    """Return `config` with the `bits_overrides` that lose least at `target` stored bits per weight.
 
-    Without a head it is the relative squared error of feature maps.
+    One of the `layers` without costs, as it does not run, keeps the bits that it has in `config`.
     """
-    if has_head:
-        expected = wanted.log_softmax(dim=1)
-        return F.kl_div(outputs.log_softmax(dim=1), expected, log_target=True, reduction="batchmean")
-    return F.mse_loss(outputs, wanted) / wanted.square().mean()
-
-
-def choose_bits(blocks, data: CalibrationData, config: ClusterConfig, target: float) -> ClusterConfig:
-    """Return `config` with the `bits_overrides` that lose least at `target` stored bits per weight."""
-    costs = measure_costs(blocks, data, config, list(range(1, 9)))
-    shapes = {name: layer.weight.shape for block in blocks.items() for name, layer in quantizable(*block)}
+    costs = {name: costs.get(name, {config.bits_of(name): 0.0}) for name in layers}
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
     sizes = {name: {bits: stored_bits(name, shapes[name], bits, config) for bits in costs[name]} for name in costs}
     weights = sum(shapes[name].numel() for name in sizes)
     try:

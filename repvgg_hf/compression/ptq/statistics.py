@@ -3,9 +3,48 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from .activation_ranges import RangeObserver
-from .blocks import layer_input, patches
+from .blocks import layer_input
+from .patches import patches
+
+
+class InputSums:
+    """Running sums over a layer's inputs, in the columns that [`patches`] makes; nothing else of them is kept.
+
+    Args:
+        second (`bool`): whether second moments are wanted, or the mean alone.
+        observer ([`RangeObserver`], *optional*): what also sees the inputs.
+    """
+
+    def __init__(self, second: bool, observer: RangeObserver | None = None):
+        self.second, self.observer = second, observer
+        self.products: torch.Tensor | None = None
+        self.sums: torch.Tensor | None = None
+        self.positions = 0
+
+    def update(self, layer: nn.Module, x: torch.Tensor) -> None:
+        """Add what `layer` gets in one call."""
+        if self.observer is not None:
+            self.observer.update(x)
+        for columns in patches(layer, x):
+            if self.second:
+                self.products = _add(self.products, columns @ columns.mT)
+            self.sums = _add(self.sums, columns.sum(dim=2))
+            self.positions += columns.shape[2]
+
+    def moments(self) -> torch.Tensor:
+        """Return the second moments `[G, d, d]`."""
+        return self.products / self.positions
+
+    def mean(self) -> torch.Tensor:
+        """Return the mean `[G, d]`."""
+        return self.sums / self.positions
+
+
+def _add(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    return value if total is None else total.add_(value)
 
 
 @dataclass
@@ -27,16 +66,11 @@ class InputStatistics:
     @classmethod
     def collect(cls, block, layer, inputs, float_block, float_layer, float_inputs, observer=None):
         """Collect the moments from the inputs of a quantized `block` and of the same block in the float model."""
-        moments = mean = float_mean = positions = 0
+        sums, float_sums = InputSums(True, observer), InputSums(False)
         for x, float_x in zip(inputs, float_inputs):
-            x, float_x = layer_input(block, layer, x), layer_input(float_block, float_layer, float_x)
-            if observer is not None:
-                observer.update(x)
-            for columns, float_columns in zip(patches(layer, x), patches(layer, float_x)):
-                moments = moments + columns @ columns.mT
-                mean, float_mean = mean + columns.sum(dim=2), float_mean + float_columns.sum(dim=2)
-                positions += columns.shape[2]
-        return cls(moments / positions, mean / positions, float_mean / positions, observer)
+            sums.update(layer, layer_input(block, layer, x))
+            float_sums.update(float_layer, layer_input(float_block, float_layer, float_x))
+        return cls(sums.moments(), sums.mean(), float_sums.mean(), observer)
 
     def mean_error(self, weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
         """Return the float layer's mean output less the quantized one's, `[out]`."""

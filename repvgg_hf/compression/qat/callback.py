@@ -45,7 +45,9 @@ class GradientCheck:
         if not gradients:
             return
         norms = [norm.to(next(iter(gradients.values())).device) for norm in torch._foreach_norm([*gradients.values()])]
-        good = torch.stack(norms).isfinite()
+        norms = torch.stack(norms)
+        # that of all, too, by which they are clipped: it overflows before they do
+        good = torch.cat([norms, torch.linalg.vector_norm(norms)[None]]).isfinite()
         good = good.full_tensor() if hasattr(good, "full_tensor") else good  # of parameters spread over ranks
         self.good = good.to("cpu", non_blocking=True)
         if good.device.type != "cpu":
@@ -61,14 +63,30 @@ class GradientCheck:
             raise _error(bad, self.step, step_was_taken)
 
 
-def diverged(model: nn.Module, step: int) -> RuntimeError:
-    """The error, to be raised, that names where the gradients of `model` are not finite; the step was not taken."""
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
-    return _error(names, step, step_was_taken=False)
+class GradientWatch:
+    """Stops training with a `RuntimeError` when gradients are not finite, without waiting for an accelerator.
+
+    On a CPU it stops before the step is taken. What an accelerator finds of one step's gradients is read before the
+    next step: the model in memory is then spoiled, and what is saved after a [`read`] never is.
+    """
+
+    def __init__(self):
+        self.unread: GradientCheck | None = None
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Look at the gradients that the optimizer is about to take in `step`; call it before each one."""
+        self.read()
+        check = GradientCheck(model, step)
+        if check.copied is None:  # known already
+            check.require_finite()
+        else:
+            self.unread = check
+
+    def read(self) -> None:
+        """Raise the error if the last step's gradients were not finite; call it before anything is saved."""
+        check, self.unread = self.unread, None
+        if check is not None:
+            check.require_finite(step_was_taken=True)
 
 
 def _error(names: list[str], step: int, step_was_taken: bool) -> RuntimeError:
@@ -83,10 +101,25 @@ def _error(names: list[str], step: int, step_was_taken: bool) -> RuntimeError:
     )
 
 
+def require_resumed(model: nn.Module, step: int) -> None:
+    """Raise `RuntimeError` if training goes on after `step` and a fake quantizer of `model` was not loaded.
+
+    `Trainer` only warns of tensors that a checkpoint does not have under the model's names.
+    """
+    for name, layer in qat_layers(model).items():
+        taken = layer.weight_fake_quant.steps_taken()
+        if taken < step:
+            raise RuntimeError(
+                f"Training resumes after step {step}, and the fake quantizer of {name!r} has taken {taken}: the "
+                "checkpoint is of a model that was not prepared for QAT, or has other names for its layers. Call "
+                "prepare_qat() with the options of that training, and resume from a checkpoint that it saved."
+            )
+
+
 class QATCallback(TrainerCallback):
     """Moves the codebooks after every optimizer step of a `Trainer`, and stops it with a `RuntimeError` if it diverges.
 
-    On a CPU it stops before the step is taken. An accelerator is not waited for: what it finds of one step's gradients
+    On a CPU it stops before the step is taken. An accelerator is not waited for (see [`GradientWatch`]): what it finds
     is read before the next step, and before anything is evaluated or saved. The model in memory is then spoiled, and
     no checkpoint is.
 
@@ -94,34 +127,25 @@ class QATCallback(TrainerCallback):
     """
 
     def __init__(self):
-        self.unread: GradientCheck | None = None
+        self.watch = GradientWatch()
 
-    def read(self, step_was_taken: bool = True) -> None:
-        """Raise `RuntimeError` if the last step's gradients were not finite."""
-        check, self.unread = self.unread, None
-        if check is not None:
-            check.require_finite(step_was_taken)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.unread = None
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.watch = GradientWatch()
+        require_resumed(model, state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.read()
-        if args.fp16:
-            return
-        self.unread = GradientCheck(model, state.global_step + 1)
-        if self.unread.copied is None:  # known already
-            self.read(step_was_taken=False)
+        if not args.fp16:
+            self.watch.look(model, state.global_step + 1)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         update_codebooks(model)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save or control.should_evaluate or control.should_training_stop:
-            self.read()
+            self.watch.read()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.read()
+        self.watch.read()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.read()
+        self.watch.read()

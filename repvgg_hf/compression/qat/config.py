@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from ...runtime.options import suggest_options
+from ...runtime.quantization_cluster import QuantizationOptions
+from ...runtime.quantization_methods import METHODS
 
 
 @suggest_options
@@ -12,9 +14,9 @@ class QATConfig:
 
     Args:
         codebook_momentum: momentum per optimizer step of the moving average that k-means codebooks and channel scales
-            are, 0 to below 1.
+            are, 0 to below 1. For `method="cluster"` only, as the steps of uniform grids learn by gradients.
         codebook_update_every: optimizer steps between two updates of the k-means codebooks, each of which is as large
-            as that many would be together.
+            as that many would be together. For `method="cluster"` only.
         blend_steps: optimizer steps in which training goes over from the float kernels to the quantized ones, as a mix
             of both (alpha-blending, arXiv 1903.01061): for one bit, which a network that was trained with float weights
             does not survive at once. 0 for none.
@@ -30,10 +32,11 @@ class QATConfig:
     ```"""
 
     codebook_momentum: float = field(
-        default=0.9, metadata={"help": "Momentum of the k-means codebooks per optimizer step, 0 to below 1."}
+        default=0.9,
+        metadata={"help": "For --method cluster: momentum of its codebooks per optimizer step, 0 to below 1."},
     )
     codebook_update_every: int = field(
-        default=10, metadata={"help": "Optimizer steps between two updates of the k-means codebooks."}
+        default=10, metadata={"help": "For --method cluster: optimizer steps between two updates of its codebooks."}
     )
     blend_steps: int = field(
         default=0,
@@ -47,3 +50,16 @@ class QATConfig:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_qat_options(config: QuantizationOptions, qat_config: QATConfig) -> None:
+    """Raise `ValueError` for what `qat_config` sets that the method of `config` does not have."""
+    defaults = QATConfig()
+    for method in METHODS.values():
+        for name in method.qat_options:
+            value = getattr(qat_config, name)
+            if method.name != config.method and value != getattr(defaults, name):
+                raise ValueError(
+                    f"{name}={value!r} is an option of method={method.name!r}, not of {config.method!r}: leave it out, "
+                    "or choose that method."
+                )

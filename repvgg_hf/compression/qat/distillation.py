@@ -35,7 +35,8 @@ class Distillation:
     It is no module, so that the teacher gets into no checkpoint.
 
     Args:
-        teacher: a float classifier; it is copied, and the copy fused and frozen.
+        teacher: a float classifier, whose outputs have `logits` or are them; it is copied, and the copy frozen and, if
+            it has blocks of branches, fused.
         weight: share of the teacher in the loss, 0 to 1; the labels have the rest.
         temperature: what both logits are divided by before their probabilities are compared.
         features: weight of the stages' outputs in the loss, added to both, see [`feature_loss`]; 0 for none.
@@ -66,24 +67,38 @@ class Distillation:
             raise ValueError(
                 f"temperature must be positive and features at least 0, got {temperature!r} and {features!r}."
             )
-        self.teacher = copy.deepcopy(teacher).eval().reparameterize().requires_grad_(False)
+        self.teacher = copy.deepcopy(teacher).eval()
+        if hasattr(self.teacher, "reparameterize"):
+            self.teacher.reparameterize()
+        self.teacher.requires_grad_(False)
         self.weight, self.temperature, self.features = weight, temperature, features
         self.needs_features = features > 0
 
     def __call__(self, outputs, pixel_values: torch.Tensor) -> torch.Tensor:
         """The loss, 0-dim, for the student's `outputs` on `pixel_values`; `outputs.loss` is that of the labels."""
-        if self.teacher.device != pixel_values.device:
+        if next(self.teacher.parameters()).device != pixel_values.device:
             self.teacher.to(pixel_values.device)
         with torch.no_grad():
-            wanted = self.teacher(pixel_values, output_hidden_states=self.needs_features)
-        if wanted.logits.shape != outputs.logits.shape:
+            options = {"output_hidden_states": True} if self.needs_features else {}
+            wanted = self.teacher(pixel_values, **options)
+        logits, wanted_logits = _logits_of(outputs), _logits_of(wanted)
+        if wanted_logits.shape != logits.shape:
             raise ValueError(
-                f"The teacher has {wanted.logits.shape[-1]} classes, the student {outputs.logits.shape[-1]}: distill "
+                f"The teacher has {wanted_logits.shape[-1]} classes, the student {logits.shape[-1]}: distill "
                 "from a model with the same head."
             )
-        loss = self.weight * distillation_loss(outputs.logits, wanted.logits, self.temperature)
+        loss = self.weight * distillation_loss(logits, wanted_logits, self.temperature)
         if self.weight < 1:
+            if getattr(outputs, "loss", None) is None:
+                raise ValueError(
+                    f"weight={self.weight} gives the labels a share of the loss, and the student's outputs have none: "
+                    "pass it labels, or add their loss yourself and set weight=1."
+                )
             loss = loss + (1 - self.weight) * outputs.loss
         if self.needs_features:
             loss = loss + self.features * feature_loss(outputs.hidden_states, wanted.hidden_states)
         return loss
+
+
+def _logits_of(outputs) -> torch.Tensor:
+    return outputs if isinstance(outputs, torch.Tensor) else outputs.logits

@@ -29,18 +29,25 @@ class QATLayer(nn.Module):
         return self.weight
 
 
-class QATConv2d(QATLayer, nn.Conv2d):
-    """An `nn.Conv2d` that computes with its fake-quantized weight."""
+class QATConv1d(QATLayer, nn.Conv1d):
+    """An `nn.Conv1d` that computes with its fake-quantized weight, with any padding."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(self.quantized_input(x), self.weight_fake_quant(self.weight), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in PyTorch
+        return self._conv_forward(self.quantized_input(input), self.weight_fake_quant(self.weight), self.bias)
+
+
+class QATConv2d(QATLayer, nn.Conv2d):
+    """An `nn.Conv2d` that computes with its fake-quantized weight, with any padding."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(self.quantized_input(input), self.weight_fake_quant(self.weight), self.bias)
 
 
 class QATLinear(QATLayer, nn.Linear):
     """An `nn.Linear` that computes with its fake-quantized weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.quantized_input(x), self.weight_fake_quant(self.weight), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.quantized_input(input), self.weight_fake_quant(self.weight), self.bias)
 
 
 class QATReparamConv2d(QATLayer, ReparamConv2d):
@@ -57,7 +64,12 @@ class QATReparamConv2d(QATLayer, ReparamConv2d):
         return self.convolve(self.quantized_input(x), self.weight_fake_quant(kernel), bias)
 
 
-QAT_CLASSES = {nn.Conv2d: QATConv2d, nn.Linear: QATLinear, ReparamConv2d: QATReparamConv2d}
+QAT_CLASSES = {
+    nn.Conv1d: QATConv1d,
+    nn.Conv2d: QATConv2d,
+    nn.Linear: QATLinear,
+    ReparamConv2d: QATReparamConv2d,
+}
 FLOAT_CLASSES = {qat_class: float_class for float_class, qat_class in QAT_CLASSES.items()}
 
 

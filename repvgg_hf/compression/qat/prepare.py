@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ...runtime.layer_swaps import choose_fast_path
 from ...runtime.new_layers import NewLayer, is_outside_base, warn_of_new_layers
 from ...runtime.quantization_cluster import ClusterConfig
 from ...runtime.reparameterization import ReparamConv2d
@@ -21,7 +23,7 @@ def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
     return {name: layer.weight_fake_quant for name, layer in qat_layers(model).items()}
 
 
-def described(model) -> str:
+def described(model: nn.Module) -> str:
     """How a prepared `model` is quantized, for messages."""
     config, _ = model.qat_settings
     return f"method={config.method!r}, bits={config.bits}"
@@ -34,7 +36,7 @@ def trained_input_ranges(model: nn.Module) -> dict[str, tuple[float, int]]:
 
 
 def add_quantizers(
-    model,
+    model: nn.Module,
     weights: dict[str, QuantizedWeight],
     input_ranges: dict[str, tuple[float, int]],
     config: ClusterConfig,
@@ -43,8 +45,8 @@ def add_quantizers(
     """Make layers of a float `model` compute with quantized weights while their parameters train.
 
     Args:
-        model: how it was prepared is then in its `qat_settings`, `(config, qat_config)`, and for its checkpoints in its
-            `config.qat_config`.
+        model: any network. How it was prepared is then in its `qat_settings`, `(config, qat_config)`, and for its
+            checkpoints, if it has a `config` as Transformers' models do, in its `config.qat_config`.
         weights: the quantized weight that training starts at, by the name of the layer.
         input_ranges: (scale, zero point) at which the range of a layer's input starts, by the name of the layer; for
             all of these layers with `config.activation_bits`, else empty.
@@ -59,13 +61,41 @@ def add_quantizers(
         _require_qat_class(name, layer)
     for name, layer in layers.items():
         make_qat_layer(layer, quantizers[name], inputs.get(name))
+    choose_fast_path(model, False)
     _remember_settings(model, config, qat_config)
 
 
-def _remember_settings(model, config: ClusterConfig, qat_config: QATConfig) -> None:
+def _remember_settings(model: nn.Module, config: ClusterConfig, qat_config: QATConfig) -> None:
     """Keep how `model` is prepared, in itself and for its checkpoints."""
+    if isinstance(model, PreTrainedModel) and not hasattr(type(model.config), "qat_config"):
+        _keep_names(model)
     model.qat_settings = config, qat_config
-    model.config.qat_config = {"quantization": config.to_dict(), "training": dataclasses.asdict(qat_config)}
+    if isinstance(getattr(model, "config", None), PretrainedConfig):
+        model.config.qat_config = {"quantization": config.to_dict(), "training": dataclasses.asdict(qat_config)}
+
+
+def _keep_names(model: PreTrainedModel) -> None:
+    """Make Transformers save a prepared `model` under the names of its modules.
+
+    Of some networks (ViT, RT-DETR) it writes other names, which loading translates and resuming by `Trainer` does not:
+    the weights of such a checkpoint would be left out with a warning.
+    """
+    if not hasattr(model, "names_of_float_files"):
+        model.names_of_float_files = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = []
+
+
+def _forget_settings(model: nn.Module) -> None:
+    """Undo [`_remember_settings`]: a configuration that has no such field by itself does not keep one."""
+    model.qat_settings = None
+    if hasattr(model, "names_of_float_files"):
+        model._weight_conversions = model.names_of_float_files
+        del model.names_of_float_files
+    settings = getattr(model, "config", None)
+    if hasattr(type(settings), "qat_config"):
+        settings.qat_config = None
+    elif hasattr(settings, "qat_config"):
+        del settings.qat_config
 
 
 def _require_qat_class(name: str, layer: nn.Module) -> None:
@@ -79,11 +109,12 @@ def _require_qat_class(name: str, layer: nn.Module) -> None:
         )
 
 
-def remove_fake_quantizers(model) -> None:
+def remove_fake_quantizers(model: nn.Module) -> None:
     """Make a model compute with its float kernels again, and forget how it was prepared."""
     for layer in qat_layers(model).values():
         make_float_layer(layer)
-    model.qat_settings = model.config.qat_config = None
+    choose_fast_path(model, True)
+    _forget_settings(model)
 
 
 def restore_qat(model, settings: dict) -> None:

@@ -9,12 +9,13 @@ def test_the_defaults():
     config = CalibrationConfig()
     assert (config.sensitivity, config.error_compensation, config.bias_correction) == ("none", True, True)
     assert (config.target_bits_per_weight, config.activation_range, config.calibration_batch_size) == (None, "mse", 64)
-    assert config == CalibrationConfig(damping=0.01, activation_memory=4.0)
+    assert config == CalibrationConfig(damping=0.01, activation_memory=4.0, order="sequential")
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"order": "chain"}, "^order must be one of sequential, one_pass, got 'chain'"),
         ({"sensitivity": "hessian"}, "^sensitivity must be one of none, fisher, got 'hessian'"),
         ({"activation_range": "max"}, "^activation_range must be one of minmax, mse, got 'max'"),
         ({"calibration_batch_size": 0}, "^calibration_batch_size must be an integer of at least 1, got 0"),

@@ -38,14 +38,6 @@ def test_a_model_without_classifier(options, tiny_config, images):
         assert (model(images[:4]).logits - expected).norm() <= 0.1 * expected.norm()
 
 
-def test_fisher_needs_a_classifier(tiny_config, images):
-    from repvgg_hf import RepVGGForImageClassification
-
-    model = RepVGGForImageClassification(tiny_config(num_labels=0, **SMALL)).eval()
-    with pytest.raises(ValueError, match="no classifier: use 'none'"):
-        model.quantize(calibration=images, calibration_config=CalibrationConfig(sensitivity="fisher"))
-
-
 @pytest.mark.parametrize("calibrated", [False, True], ids=["weights only", "calibrated"])
 @pytest.mark.parametrize(
     "value, message",

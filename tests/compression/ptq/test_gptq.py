@@ -143,3 +143,15 @@ def test_inputs_that_are_always_zero_do_no_harm(problem):
     compensated = compensated_weight(weight, plain, moments, config, damping=0.01)
     assert output_error(weight, compensated, moments) < output_error(weight, plain, moments)
     assert compensated.decoded().isfinite().all()
+
+
+def test_groups_of_a_convolution_whose_inputs_are_always_zero(generator):
+    """A channel of a depthwise convolution that the layers before have switched off: its weights keep their codes."""
+    weight, config = torch.randn(4, 1, 3, 3, generator=generator), ClusterConfig(bits=3)
+    moments = correlated_moments(4, 9, generator)
+    moments[2] = 0
+    plain, _ = start(weight, 3, {})
+    compensated = compensated_weight(weight, plain, moments, config, damping=0.01)
+    assert output_error(weight, compensated, moments) < output_error(weight, plain, moments)
+    channel_error = (compensated.decoded() - weight)[2].norm()
+    assert channel_error < 1.5 * (plain.decoded() - weight)[2].norm() + 1e-6

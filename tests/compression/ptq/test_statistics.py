@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg_hf.compression.ptq import blocks
+from repvgg_hf.compression.ptq import patches
 from repvgg_hf.compression.ptq.activation_ranges import RangeObserver
 from repvgg_hf.compression.ptq.statistics import InputStatistics
 
@@ -34,7 +34,7 @@ def columns_of(layer, x: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_against_single_patches(name, generator, monkeypatch):
-    monkeypatch.setattr(blocks, "PATCH_BYTES", 2000)  # so that there are several pieces
+    monkeypatch.setattr(patches, "PATCH_BYTES", 2000)  # so that there are several pieces
     layer = LAYERS[name]
     size = (5,) if name == "linear" else (4, 7, 6)
     batches = [torch.randn(count, *size, generator=generator) + 0.5 for count in (3, 4, 1)]

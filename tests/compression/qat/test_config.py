@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from repvgg_hf import QATConfig
+from repvgg_hf import ClusterConfig, QATConfig, RepVGGForImageClassification
+from repvgg_hf.compression.qat.config import check_qat_options
+from repvgg_hf.runtime.quantization_methods import METHODS
 
 
 def test_defaults_and_help():
@@ -30,3 +32,22 @@ def test_defaults_and_help():
 def test_bad_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         QATConfig(**options)
+
+
+@pytest.mark.parametrize("option, value", [("codebook_momentum", 0.5), ("codebook_update_every", 1)])
+def test_options_of_another_method_are_refused_by_name(option, value, tiny_config):
+    given = QATConfig(**{option: value}, blend_steps=3)
+    check_qat_options(ClusterConfig(), given)
+    check_qat_options(ClusterConfig(method="uniform"), QATConfig(blend_steps=3))
+    message = f"^{option}={value!r} is an option of method='cluster', not of 'uniform': leave it out, or choose that"
+    model = RepVGGForImageClassification(tiny_config())
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.prepare_qat("uniform", 4, qat_config=given)
+    assert set(model.state_dict()) == before and model.config.qat_config is None
+
+
+def test_each_option_is_of_all_methods_or_of_one():
+    fields = {field.name for field in dataclasses.fields(QATConfig)}
+    owned = [name for method in METHODS.values() for name in method.qat_options]
+    assert len(owned) == len(set(owned)) and set(owned) < fields

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from repvgg_hf import QATConfig, RepVGGForImageClassification, update_codebooks
+from repvgg_hf.compression.qat.callback import check_gradients
 
 kind, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
@@ -37,11 +39,17 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 batch = {name: tensor[rank::2] for name, tensor in torch.load(f"{folder}/batch.pt").items()}
 for _ in range(4):
     parallel(**batch).loss.backward()
+    check_gradients(model, 1)
     optimizer.step()
     optimizer.zero_grad()
     update_codebooks(model)
 state = {name: getattr(tensor, "full_tensor", lambda: tensor)() for name, tensor in model.state_dict().items()}
 torch.save(state, f"{folder}/{rank}.pt")
+(parallel(**batch).loss * (float("nan") if rank == 1 else 1)).backward()
+try:
+    check_gradients(model, 5)
+except RuntimeError as error:  # on both ranks, as they share the gradients
+    print(error)
 distributed.destroy_process_group()
 """
 
@@ -54,13 +62,19 @@ def test_two_processes_are_one_with_twice_the_batch(kind, make_model, train, ass
     command = [sys.executable, "-c", DISTRIBUTED, kind, str(tmp_path)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank)], stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+            [*command, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
         for rank in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
+        # the gradients of one rank are those of both
+        assert re.match(r"The gradients of \S+ and \d+ other parameters are NaN .* in optimizer step 5", output), output
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_same_state(first, second)
 

@@ -4,36 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from repvgg_hf import QATCallback, QATConfig, update_codebooks
 from repvgg_hf.compression.qat.callback import GradientCheck
-
-# what reads a value, or makes a tensor whose size depends on one
-WAITING = {
-    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "allclose",
-    "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "histc", "repeat_interleave",
-}  # fmt: skip
-
-
-class Operations(TorchDispatchMode):
-    """Records the names of those operations that would wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.count = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.partition("::")[2]
-        self.count += 1
-        by_mask = name.startswith("index") and any(
-            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
-            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else [])
-        )
-        if name in WAITING or by_mask:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
 
 OPTIONS = [
     {"bits": 4},
@@ -49,11 +22,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_step_waits(make_model, batch, form, options):
+def test_no_step_waits(make_model, batch, form, options, waiting_operations):
     """Forward, backward, optimizer and codebooks, once the first step has found out how many there were."""
     if "activation_bits" in options:
         options = options | {"calibration": batch["pixel_values"]}
-    qat_config = QATConfig(codebook_update_every=1, blend_steps=3)
+    often = {} if options.get("method") == "uniform" else {"codebook_update_every": 1}
+    qat_config = QATConfig(blend_steps=3, **often)
     model = make_model(form).prepare_qat(**options, qat_config=qat_config).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, foreach=True)
 
@@ -64,21 +38,21 @@ def test_no_step_waits(make_model, batch, form, options):
         optimizer.zero_grad()
 
     step()
-    with Operations() as operations:
+    with waiting_operations() as operations:
         for _ in range(3):
             step()
     assert operations.count > 500
     assert operations.found == []
 
 
-def test_operations_that_wait_are_found():
+def test_operations_that_wait_are_found(waiting_operations):
     x = torch.tensor([1.0, 0.0])
     calls = [lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.unique()]
     for call in calls:
-        with Operations() as operations:
+        with waiting_operations() as operations:
             call()
         assert operations.found, call
-    with Operations() as operations:
+    with waiting_operations() as operations:
         x.repeat_interleave(2)
         x[torch.tensor([0, 1])]
     assert operations.found == []
