@@ -6,6 +6,7 @@
     python -m repvgg_hf.recipes.benchmarks qat                 quantization-aware against float steps, and DKM
     python -m repvgg_hf.recipes.benchmarks quantize            clustering the weights, against four libraries
     python -m repvgg_hf.recipes.benchmarks calibrate           quantizing with calibration images: time and memory
+    python -m repvgg_hf.recipes.benchmarks fuse                fusing any network, checks included, against timm's own
     python -m repvgg_hf.recipes.benchmarks data                reading and augmenting JPEG files, against torchvision
     python -m repvgg_hf.recipes.benchmarks inference --help    the options of one of them
 
@@ -25,7 +26,7 @@ from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 
 import repvgg_hf
-from repvgg_hf.recipes.benchmarks import calibrate, data, inference, load, qat, quantize, train_step
+from repvgg_hf.recipes.benchmarks import calibrate, data, fuse, inference, load, qat, quantize, train_step
 from repvgg_hf.training.report import masked, write_json
 
 BENCHMARKS = {
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "qat": (qat.QATArguments, qat.run),
     "quantize": (quantize.QuantizeArguments, quantize.run),
     "calibrate": (calibrate.CalibrateArguments, calibrate.run),
+    "fuse": (fuse.FuseArguments, fuse.run),
     "data": (data.DataBenchmarkArguments, data.run),
 }
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..runtime.reparameterization import fused_convolutions
+
 BIN_WIDTH = 0.5  # standard deviations
 
 
@@ -17,7 +19,8 @@ def kernel_report(model) -> list[dict]:
     """Measure the outliers of every fused kernel and linear weight; the model is not changed.
 
     Args:
-        model ([`RepVGGPreTrainedModel`]): a model with branches or fused, float. Branches are fused for the purpose.
+        model (`nn.Module`): any float model. Branches of this package's blocks are fused for the purpose; those of
+            other networks are looked at as they are: call `fuse` first.
 
     Returns a dictionary for each weight, in the model's order: `name`, `shape`, `std` (the standard deviation),
     `max_over_std` (the largest magnitude in standard deviations) and `kurtosis` (the fourth standardized moment, 3 for
@@ -30,7 +33,7 @@ def kernel_report(model) -> list[dict]:
     >>> model = RepVGGForImageClassification(RepVGGConfig(num_labels=10))
     >>> worst = max(kernel_report(model), key=lambda entry: entry["kurtosis"])
     ```"""
-    fused = model.fused_convolutions()
+    fused = fused_convolutions(model)
     inside = tuple(f"{name}." for name in fused)
     return [
         {"name": name, **tail_figures(fused.get(name, layer).weight)}

@@ -1,0 +1,188 @@
+"""Outlier-aware batch normalization (OABN) in any network with parallel branches, after arXiv 2402.07200.
+
+The weight of a branch's batch norm is *projected* before every forward pass in training: clipped so that the branch
+adds at most `threshold` standard deviations of the dense branches' contribution to any entry of the fused kernel. The
+network keeps its modules, keys and forward pass, so that checkpoints load in either direction. It does the projection
+itself, before every training step's forward pass and whenever its `state_dict` is taken: no training loop knows of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..runtime.reparameterization import ReparamConv2d
+from ..runtime.tensors import kernel_of
+from .branch_sums import BranchSum, NormedBranch, SumFinder
+from .recording import record
+
+
+class OutlierBounds:
+    """What [`add_oabn`] adds to a model, as its `outlier_bounds`: a hook that keeps branches within their bounds.
+
+    Args:
+        sums: the sums of branches, by the names of their modules.
+        threshold: how many standard deviations of the dense branches' contribution another one may add to an entry.
+    """
+
+    def __init__(self, sums: Sequence[BranchSum], threshold: float):
+        self.sums, self.threshold = list(sums), threshold
+
+    @torch.no_grad()
+    def project(self, model: nn.Module) -> None:
+        """Clip the norm weights of every bounded branch of `model`, in place, for the statistics that it has now."""
+        for branches in self.sums:
+            # parallel dense branches are near independent: their variances add
+            variance = sum(_contribution_variance(model, branch) for branch in branches.dense)
+            bound = self.threshold * variance.sqrt()
+            for branch in branches.others:
+                norm = model.get_submodule(branch.norm)
+                limit = bound * (norm.running_var + norm.eps).sqrt() / _largest_entry(model, branch)
+                norm.weight.copy_(torch.maximum(torch.minimum(norm.weight, limit), -limit))
+
+    def __call__(self, model: nn.Module, args: tuple) -> None:
+        """Project before a forward pass in training. Ranks agree: their statistics are made equal just before."""
+        if model.training and model.outlier_bounds is self:
+            self.project(model)
+
+    def before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Project once more before a checkpoint is taken: an optimizer step has moved the weights since."""
+        if model.outlier_bounds is self:
+            self.project(model)
+
+
+def settle_outlier_bounds(model: nn.Module) -> bool:
+    """Project what [`add_oabn`] bounds in `model` a last time, and end that; tell whether there was anything.
+
+    It is called before weights are replaced: fused, or quantized.
+    """
+    bounds = getattr(model, "outlier_bounds", None)
+    if bounds is None:
+        return False
+    bounds.project(model)
+    model.outlier_bounds = None
+    return True
+
+
+@dataclass
+class OABNReport:
+    """What [`add_oabn`] did: the sums that are bounded, and why others are left, by the name of the module they are in.
+
+    Attributes:
+        bounded: for each sum the branches that are dense and those that are bounded.
+        left: the reason, for sums of branches that are not bounded.
+    """
+
+    bounded: list[BranchSum] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        count = sum(len(branches.others) for branches in self.bounded)
+        lines = [f"{count} branches of {len(self.bounded)} sums are bounded."]
+        lines += [f"Left: {name or 'the model'}: {reason}." for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def add_oabn(model: nn.Module, example: Any, threshold: float = 6.0) -> OABNReport:
+    """Bound the outliers that fusing the branches of any network would make, from now on while it trains.
+
+    Branches are found by running `model` once, in eval mode. A bounded branch is batch normalization of a sum's source
+    (the identity), or a convolution with a smaller kernel than another branch of the sum followed by batch norm. Train
+    with any loop, then fuse, or save and load the weights as ever; a model that was loaded needs `add_oabn` again
+    before it trains on.
+
+    Args:
+        model (`nn.Module`): with branches; on any device. A model of this package gets OABN as its configuration's
+            `oabn=True` gives it.
+        example: a tensor, a tuple of positional inputs or a dictionary of keyword inputs that the model runs on.
+        threshold (`float`, defaults to 6): standard deviations of the dense branches' contribution to an entry of the
+            fused kernel that another branch may add.
+
+    Returns an [`OABNReport`]. Raises `ValueError` if there is nothing to bound, the model does not run on the example
+    or has bounds already, and for a `threshold` that is not positive and finite; the model is then unchanged.
+
+    Example:
+    ```python
+    >>> import timm, torch
+    >>> import repvgg_hf
+
+    >>> model = timm.create_model("mobileone_s0", num_classes=10)
+    >>> report = repvgg_hf.add_oabn(model, torch.randn(1, 3, 64, 64))
+    ```"""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < float("inf"):
+        raise ValueError(f"threshold must be a positive, finite number of standard deviations, got {threshold!r}.")
+    if getattr(model, "outlier_bounds", None) is not None:
+        raise ValueError("The model has outlier bounds already: call add_oabn once, on the model as it was made.")
+    own = {name: block for name, block in model.named_modules() if isinstance(block, ReparamConv2d)}
+    finder = SumFinder(model, _record_in_eval_mode(model, example))
+    inside = tuple(f"{name}." for name in own)
+    found = [branches for branches in finder.found if not f"{branches.name}.".startswith(inside)]
+    left = {name: reason for name, reason in finder.left.items() if not f"{name}.".startswith(inside)}
+    report = OABNReport([*_set_own_thresholds(model, own, threshold), *found], left)
+    if not report.bounded:
+        raise ValueError(f"The model has no sum of branches to bound. {_nothing(report)}")
+    if found:
+        model.outlier_bounds = OutlierBounds(found, threshold)
+        model.register_forward_pre_hook(model.outlier_bounds)
+        model.register_state_dict_pre_hook(model.outlier_bounds.before_state_dict)
+    return report
+
+
+def _nothing(report: OABNReport) -> str:
+    if report.left:
+        return str(report).partition("\n")[2]
+    return (
+        "A sum needs a convolution with batch norm beside a smaller one, or beside batch norm alone, of the same input."
+    )
+
+
+def _set_own_thresholds(model: nn.Module, blocks: dict[str, ReparamConv2d], threshold: float) -> list[BranchSum]:
+    """Give this package's own blocks the threshold, which they apply themselves; returns them as sums."""
+    sums = []
+    for name, block in blocks.items():
+        block.oabn_threshold = threshold
+        branches = {
+            key: NormedBranch(f"{name}.branches.{key}.norm", f"{name}.branches.{key}.conv" * hasattr(branch, "conv"))
+            for key, branch in block.branches.items()
+        }
+        dense = block.dense_names
+        others = tuple(branch for key, branch in branches.items() if key not in dense)
+        sums.append(BranchSum(name, tuple(branches[key] for key in dense), others))
+    config = getattr(model, "config", None)
+    if blocks and hasattr(config, "oabn_threshold"):
+        config.oabn, config.oabn_threshold = True, threshold
+    return sums
+
+
+def _record_in_eval_mode(model: nn.Module, example: Any):
+    """Record the model in eval mode, in which batch norm is affine, and give every module its mode back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        return record(model.eval(), example)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _contribution_variance(model: nn.Module, branch: NormedBranch) -> torch.Tensor:
+    """Return the variance of the entries of what a dense branch adds to the fused kernel, 0-dim.
+
+    It is computed from sums per channel, which read the kernel twice and allocate nothing of its size.
+    """
+    norm, kernel = model.get_submodule(branch.norm), kernel_of(model.get_submodule(branch.convolution))
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    total = (scale * kernel.sum(dim=(1, 2, 3))).sum()
+    square = (scale * torch.linalg.vector_norm(kernel, dim=(1, 2, 3))).square().sum()
+    return (square - total**2 / kernel.numel()).clamp_min(0) / (kernel.numel() - 1)
+
+
+def _largest_entry(model: nn.Module, branch: NormedBranch) -> torch.Tensor | float:
+    """Return the largest magnitude in a branch's kernel before its norm, for each output channel `[out]`."""
+    if branch.convolution is None:
+        return 1.0
+    return kernel_of(model.get_submodule(branch.convolution)).abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
+
+
+__all__ = ["OABNReport", "OutlierBounds", "add_oabn", "settle_outlier_bounds"]

@@ -1,0 +1,77 @@
+"""Seeing that a network with fused convolutions computes what it did: that only regions have become convolutions.
+
+Its outputs are no evidence: rounding may change what it selects (a detector the best of thousands of boxes), and a
+wrong network may give similar ones. So the fused network is recorded too, and the two graphs are compared.
+"""
+
+from torch import nn
+
+from .operations import OPERATORS, Affine, operation_of
+from .recording import SAME, Recording
+from .regions import Graph
+
+
+def find_difference(graph: Graph, after: Recording, fused: dict[int, tuple[int, nn.Conv2d]]) -> str | None:
+    """Return where the recording `after` fusing differs from the one before, `None` if only regions were fused.
+
+    Args:
+        graph: of the recording before.
+        fused: source and convolution of every fused region, by the number of its result.
+    """
+    before = graph.recording
+    if len(before.results) != len(after.results):
+        return f"it gives {len(after.results)} tensors instead of {len(before.results)}"
+    waiting = [pair for pair in zip(before.results, after.results) if pair != (None, None)]
+    matched: dict[int, int] = {}
+    while waiting:
+        pair = waiting.pop()
+        if None in pair:
+            return "an output does not depend on the input any more"
+        old, new = _skip_before(graph, pair[0], fused), _skip_after(after, pair[1])
+        if old in matched and matched[old] == new:
+            continue
+        if old in matched or not _is_same(graph, after, old, new, fused):
+            return f"it computes {_label(after, new)} in the place of {_label(before, old)}"
+        matched[old] = new
+        inputs = (fused[old][0],) if old in fused else before.nodes[old].inputs
+        waiting += zip(inputs, after.nodes[new].inputs)
+    return None
+
+
+def _is_same(graph: Graph, after: Recording, old: int, new: int, fused: dict[int, tuple[int, nn.Conv2d]]) -> bool:
+    """Tell whether two nodes do the same, their inputs aside."""
+    first, second = graph.recording.nodes[old], after.nodes[new]
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    if old in fused:
+        return second.name == "conv2d" and second.args[1] is fused[old][1].weight
+    is_input = not first.inputs and not first.name
+    if is_input and len(second.inputs) == 0:  # the inputs come first in both, in the same order
+        return old == new or min(old, new) >= after.inputs
+    return first.name == second.name and len(first.inputs) == len(second.inputs)
+
+
+def _skip_before(graph: Graph, number: int, fused: dict[int, tuple[int, nn.Conv2d]]) -> int:
+    """Go back over nodes that change nothing, such as `y + 0`: branches that became nothing leave none."""
+    while number not in fused:
+        operation = graph.operations.get(number)
+        if not isinstance(operation, Affine) or not operation.is_identity:
+            break
+        number = graph.recording.nodes[number].inputs[0]
+    return number
+
+
+def _skip_after(recording: Recording, number: int) -> int:
+    while True:
+        node = recording.nodes[number]
+        may_change_nothing = node.name in OPERATORS or node.name in SAME or node.name == "dropout"
+        operation = operation_of(recording, number) if may_change_nothing and len(node.inputs) == 1 else None
+        if not isinstance(operation, Affine) or not operation.is_identity:
+            return number
+        number = node.inputs[0]
+
+
+def _label(recording: Recording, number: int) -> str:
+    node = recording.nodes[number]
+    where = node.modules[-1] if node.modules else ""
+    return f"{node.name or 'an input'}() in {where or 'the model'}" if node.name else "an input"

@@ -1,0 +1,290 @@
+"""OABN in networks of other libraries: which branches are found, and that they stay within their bounds."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import repvgg_hf
+from repvgg_hf.networks.branch_sums import BranchSum, NormedBranch
+
+THRESHOLD = 2.0
+
+
+class Normed(nn.Module):
+    """A convolution with batch norm."""
+
+    def __init__(self, channels, size=(3, 3), groups=1):
+        super().__init__()
+        padding = (size[0] // 2, size[1] // 2)
+        self.conv = nn.Conv2d(channels, channels, size, padding=padding, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class Asymmetric(nn.Module):
+    """A block of an ACNet: 3x3, 1x3 and 3x1 side by side."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.square, self.row, self.column = (Normed(channels, size) for size in ((3, 3), (1, 3), (3, 1)))
+
+    def forward(self, x):
+        return self.square(x) + self.row(x) + self.column(x)
+
+
+class NormAfterSum(nn.Module):
+    """A block of a QARepVGG: only the dense branch has a norm of its own, and the sum has one."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.dense, self.point = Normed(channels), nn.Conv2d(channels, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.norm(self.dense(x) + self.point(x) + x)
+
+
+class Residual(nn.Module):
+    """Branches inside of a residual connection, after another one: the sum's source is a sum."""
+
+    def __init__(self, channels=8):
+        super().__init__()
+        self.first, self.block, self.identity = Normed(channels), Normed(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        x = x + self.first(x)
+        return x + (self.block(x) + self.identity(x))
+
+
+def network(block: nn.Module, channels=8) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), block, nn.ReLU())
+
+
+def widen(model: nn.Module) -> None:
+    """Give batch norms weights and statistics with which branches exceed their bounds."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.weight, 1.0, 9.0), (module.running_var, 0.1, 2.0)):
+                tensor.data = low + (high - low) * torch.rand(tensor.shape, generator=generator)
+
+
+def contribution(model: nn.Module, branch: NormedBranch) -> torch.Tensor:
+    """What a branch adds to the fused kernel, in float64: the response to an impulse in every input channel."""
+    norm = copy.deepcopy(model.get_submodule(branch.norm)).double().eval()
+    norm.running_mean.zero_()
+    norm.bias.data.zero_()
+    if branch.convolution is None:
+        return norm(torch.eye(norm.num_features, dtype=torch.float64)[:, :, None, None]).diagonal()[..., None]
+    return norm(copy.deepcopy(model.get_submodule(branch.convolution)).weight.double().transpose(0, 1)).transpose(0, 1)
+
+
+def assert_within_bounds(model: nn.Module, sums: list[BranchSum], threshold: float, reached: bool = True) -> None:
+    """Check the bounds against kernels that batch norm itself has made; with `reached` some branch is at its bound."""
+    shares = []
+    for branches in sums:
+        bound = threshold * sum(contribution(model, branch).var() for branch in branches.dense).sqrt()
+        shares += [(contribution(model, branch).abs().max() / bound).item() for branch in branches.others]
+    assert max(shares) < 1 + 1e-5
+    assert not reached or max(shares) > 1 - 1e-5
+
+
+def train(model: nn.Module, steps: int, example: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(example).square().mean().neg().backward()  # the weights of norms grow
+        optimizer.step()
+
+
+@pytest.fixture
+def example():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repghostnet_050", "ghostnetv3_050"])
+def test_branches_of_timm_stay_within_their_bounds(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4)
+    widen(model)
+    example = torch.randn(2, 3, 64, 64)
+    report = repvgg_hf.add_oabn(model, example, THRESHOLD)
+    model.train()(example)
+    model.state_dict()  # the forward pass has moved the statistics
+    assert_within_bounds(model, report.bounded, THRESHOLD)
+    norms = {branch.norm for branches in report.bounded for branch in branches.others}
+    assert len(norms) == sum(len(branches.others) for branches in report.bounded) > 10
+
+
+def test_every_branch_of_timms_repvgg_is_found():
+    model = timm.create_model("repvgg_a0", num_classes=4)
+    report = repvgg_hf.add_oabn(model, torch.randn(1, 3, 64, 64))
+    blocks = {name for name, module in model.named_modules() if type(module).__name__ == "RepVggBlock"}
+    assert {branches.name for branches in report.bounded} == blocks
+    for branches in report.bounded:
+        identity = model.get_submodule(branches.name).identity is not None
+        assert [branch.norm for branch in branches.dense] == [f"{branches.name}.conv_kxk.bn"]
+        expected = [f"{branches.name}.conv_1x1.bn"] + [f"{branches.name}.identity"] * identity
+        assert sorted(branch.norm for branch in branches.others) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("block", "dense", "others"),
+    [
+        (Asymmetric, ["2.square.norm"], ["2.row.norm", "2.column.norm"]),
+        (Residual, ["2.block.norm"], ["2.identity"]),
+    ],
+)
+def test_bounds_hold_while_training(block, dense, others, example):
+    torch.manual_seed(0)
+    model = network(block())
+    widen(model)
+    report = repvgg_hf.add_oabn(model, example, THRESHOLD)
+    (branches,) = report.bounded
+    assert [branch.norm for branch in branches.dense] == dense
+    assert [branch.norm for branch in branches.others] == others
+    train(model, 3, example)
+    model.state_dict()
+    assert_within_bounds(model, report.bounded, THRESHOLD)
+
+
+def test_only_the_projection_differs_from_training_without(example):
+    torch.manual_seed(0)
+    plain = network(Asymmetric())
+    bounded = copy.deepcopy(plain)
+    repvgg_hf.add_oabn(bounded, example, threshold=1e6)
+    for model in (plain, bounded):
+        train(model, 3, example)
+    assert plain.state_dict().keys() == bounded.state_dict().keys()
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, bounded.state_dict()[key]), key
+
+
+def test_evaluation_and_the_training_mode_are_left_alone(example):
+    model = network(Asymmetric())
+    widen(model)
+    model[2].row.eval()
+    before = copy.deepcopy(model.state_dict())
+    repvgg_hf.add_oabn(model, example, THRESHOLD)
+    assert model.training and not model[2].row.training
+    model.eval()(example)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_bound_themselves(way, example):
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    report = repvgg_hf.add_oabn(model, example, THRESHOLD)
+    other = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+    widen(other)
+    other.train()(example)
+    other.state_dict()
+    assert_within_bounds(other, report.bounded, THRESHOLD)
+    assert torch.equal(model[2].row.norm.weight, torch.ones(8))  # the first one is another model
+
+
+def test_compiled_training_gives_the_same_weights(example):
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    widen(model)
+    repvgg_hf.add_oabn(model, example, THRESHOLD)
+    other = copy.deepcopy(model)
+    train(model, 2, example)
+    train(torch.compile(other, backend="aot_eager", fullgraph=True), 2, example)
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], tensor, msg=key)
+
+
+def test_synchronized_norms_are_bounded(example):
+    model = network(Asymmetric())
+    report = repvgg_hf.add_oabn(model, example, THRESHOLD)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(model[2].row.norm, nn.SyncBatchNorm)
+    widen(model)
+    model[2].row.norm.weight.data.fill_(100.0)
+    model.outlier_bounds.project(model)
+    assert model[2].row.norm.weight.max() < 100
+    assert report.bounded
+
+
+def test_own_models_get_the_threshold_of_their_configuration(example):
+    sizes = {"stem_hidden_size": 8, "hidden_sizes": [8], "depths": [2], "strides": [1]}
+    config = repvgg_hf.RepVGGConfig(**sizes, num_labels=4, oabn=False)
+    model = repvgg_hf.RepVGGForImageClassification(config)
+    report = repvgg_hf.add_oabn(model, example, 3.0)
+    blocks = [module for module in model.modules() if isinstance(module, repvgg_hf.ReparamConv2d)]
+    assert len(report.bounded) == len(blocks) and all(block.oabn_threshold == 3.0 for block in blocks)
+    assert (model.config.oabn, model.config.oabn_threshold) == (True, 3.0)
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9"])
+def test_a_norm_after_the_sum_is_reported(name):
+    model = timm.create_model(name, num_classes=4)
+    with pytest.raises(ValueError, match=r"token_mixer.*no batch norm of its own"):
+        repvgg_hf.add_oabn(model, torch.randn(1, 3, 64, 64))
+    assert not model._forward_pre_hooks
+
+
+def test_what_is_left_is_said_beside_what_is_bounded(example):
+    model = nn.Sequential(network(Asymmetric()), network(NormAfterSum(), 8)[2:])
+    report = repvgg_hf.add_oabn(model, example)
+    assert "2 branches of 1 sums are bounded" in str(report)
+    assert "1.2.point has no batch norm of its own" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("make", "threshold", "error", "message"),
+    [
+        (lambda: network(nn.Identity()), 6.0, ValueError, "no sum of branches"),
+        (lambda: network(NormAfterSum()), 6.0, ValueError, "no batch norm of its own"),
+        (lambda: network(Asymmetric(4)), 6.0, ValueError, "does not run on the example"),
+        (lambda: network(Asymmetric()), 0, ValueError, "threshold must be a positive"),
+        (lambda: network(Asymmetric()), float("inf"), ValueError, "threshold must be a positive"),
+        (lambda: network(Asymmetric()), "6", ValueError, "threshold must be a positive"),
+    ],
+)
+def test_what_cannot_be_bounded_is_a_named_error(make, threshold, error, message, example):
+    model = make()
+    with pytest.raises(error, match=message):
+        repvgg_hf.add_oabn(model, example, threshold)
+    assert not model._forward_pre_hooks and not hasattr(model, "outlier_bounds")
+
+
+def test_bounds_are_added_once(example):
+    model = network(Asymmetric())
+    repvgg_hf.add_oabn(model, example)
+    with pytest.raises(ValueError, match="already"):
+        repvgg_hf.add_oabn(model, example)
+
+
+def test_fusing_takes_the_bounded_weights_and_ends_the_bounds(example):
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    widen(model)
+    repvgg_hf.add_oabn(model, example, THRESHOLD)
+    train(model, 2, example)
+    expected = copy.deepcopy(model)
+    expected.outlier_bounds.project(expected)
+    repvgg_hf.fuse(model.eval(), example)
+    torch.testing.assert_close(model(example), expected.eval()(example))
+    assert model.outlier_bounds is None
+    model.state_dict()
+    model.train()(example)
+
+
+def test_quantizing_ends_the_bounds(example):
+    model = network(Asymmetric())
+    repvgg_hf.add_oabn(model, example, THRESHOLD)
+    repvgg_hf.quantize(model.eval(), bits=4)
+    before = [module.weight.clone() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    model.state_dict()
+    model.train()(example)
+    after = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(map(torch.equal, before, after))
