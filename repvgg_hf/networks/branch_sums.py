@@ -51,12 +51,16 @@ class _Term:
 
 
 class SumFinder:
-    """The sums of branches in a recording, and those that were left, with the reason, by name."""
+    """The sums of branches in a recording: `found` and `normed`, and those `left`, with the reason, by name.
+
+    `normed` are all whose branches end in batch norm; `found` are those of them in which some can be bounded.
+    """
 
     def __init__(self, model: nn.Module, recording: Recording):
         self.model, self.recording = model, recording
         self.operations = {number: operation_of(recording, number) for number in range(len(recording.nodes))}
         self.found: list[BranchSum] = []
+        self.normed: list[BranchSum] = []
         self.left: dict[str, str] = {}
         for root in self._roots():
             self._judge(root)
@@ -124,16 +128,22 @@ class SumFinder:
             self.left[name] = "a branch is added twice"
         elif not dense:
             self.left[name] = "it has no branch that is denser than the others"
-        elif not others:
-            self.left[name] = "all branches are dense: none adds to few entries alone"
         elif unnormed := [term.convolution or "the identity" for term in terms if term.norm is None]:
             self.left[name] = f"{unnormed[0]} has no batch norm of its own whose weight could be bounded"
             self._judge_summands(root)
-        elif frozen := [term.norm for term in others if not _is_trainable(self.model.get_submodule(term.norm))]:
-            self.left[name] = f"the weight of {frozen[0]} is no parameter that trains"
         else:
             branches = [tuple(NormedBranch(term.norm, term.convolution) for term in group) for group in (dense, others)]
-            self.found.append(BranchSum(name, *branches))
+            self._note(BranchSum(name, *branches))
+
+    def _note(self, branches: BranchSum) -> None:
+        self.normed.append(branches)
+        fixed = [branch.norm for branch in branches.others if not _is_trainable(self.model.get_submodule(branch.norm))]
+        if not branches.others:
+            self.left[branches.name] = "all branches are dense: none adds to few entries alone"
+        elif fixed:
+            self.left[branches.name] = f"the weight of {fixed[0]} is no parameter that trains"
+        else:
+            self.found.append(branches)
 
     def _judge_summands(self, root: int) -> None:
         """Look at the sums that are summands: branches inside of a residual connection."""

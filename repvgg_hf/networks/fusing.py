@@ -1,6 +1,7 @@
 """Fusing what is one convolution in any network: batch norms, parallel branches, chains without activation."""
 
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,13 @@ from .placement import Edit, Placement
 from .recording import arguments_of, record, tensors_in
 from .regions import Graph, Region
 from .report import FusedRegion, FuseReport
+from .trainable_blocks import BlockMaker
 from .verifying import find_difference
 
 
 @torch.inference_mode(False)  # its weights may be trained
 @torch.no_grad()
-def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> FuseReport:
+def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branches: bool = False) -> FuseReport:
     """Fuse every part of a `model` that is one convolution, in place: for inference, in eval mode.
 
     One forward pass is recorded. Wherever convolutions, per-channel affine operations (batch norm in eval mode,
@@ -39,6 +41,10 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> FuseRepo
             a tensor, positional inputs, or keyword inputs.
         tolerance (`float`, defaults to 1e-9): how much a fused convolution may differ from what it takes the place
             of, relative to its largest output, both in float64. What differs by more is left, and the report says so.
+
+        keep_branches (`bool`, defaults to `False`): make sums of branches that each end in batch norm, with kernels
+            padded to keep the size, a [`ReparamConv2d`] of the same parameters instead of one convolution. It trains
+            on, and with [`prepare_qat`] as its fused kernel; `quantize` fuses it.
 
     Returns:
         [`FuseReport`]: what was fused and what was left, and why.
@@ -63,6 +69,7 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> FuseRepo
     if settle_outlier_bounds(model):  # the weights are other ones now
         recording = record(model, example)
     graph = Graph(recording)
+    maker = BlockMaker(model, recording) if keep_branches else None
     expected, recording.output = recording.output, None
     refused: dict[frozenset[int], str] = {}
     while True:
@@ -71,6 +78,8 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9) -> FuseRepo
         if not broken:
             break
         refused |= broken  # smaller regions in them may do
+    if maker is not None:
+        _put_blocks(model, maker, found)
     entries = [entry for one in found for entry in one.entries]
     model.fused_structure = [*getattr(model, "fused_structure", []), *entries]
     regions = [one.region for one in found] + left + _batch_statistics(graph)
@@ -116,6 +125,16 @@ class _Found:
     region: FusedRegion
     entries: list[dict]
     convolution: nn.Conv2d
+
+
+def _put_blocks(model: nn.Module, maker: BlockMaker, found: list[_Found]) -> None:
+    """Put blocks of branches in the place of fused convolutions, where they are known."""
+    names = {module: name for name, module in model.named_modules()}
+    for one in found:
+        block = maker.make(one.region.parts, one.convolution)
+        if block is not None:
+            model.set_submodule(names[one.convolution], block)
+            one.region = dataclasses.replace(one.region, keeps_branches=True)
 
 
 def _find(

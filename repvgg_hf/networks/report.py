@@ -15,6 +15,7 @@ class FusedRegion:
         method: how its kernel was found, "closed form" or "Jacobian"; `None` if it was not looked for.
         error: the largest difference to what it takes the place of, in float64, relative to the largest output.
         left: why it was left as it was; `None` if it was fused.
+        keeps_branches: whether it is a block of branches that trains on, and fuses when it is quantized.
     """
 
     name: str
@@ -22,11 +23,14 @@ class FusedRegion:
     method: str | None = None
     error: float | None = None
     left: str | None = None
+    keeps_branches: bool = False
 
     def __str__(self) -> str:
         if self.left is not None:
             return f"{self.name}: left, {self.left}"
-        return f"{self.name}: {len(self.parts)} parts ({', '.join(self.parts)}), {self.method}, error {self.error:.1e}"
+        kept = ", branches kept" if self.keeps_branches else ""
+        parts = f"{len(self.parts)} parts ({', '.join(self.parts)})"
+        return f"{self.name}: {parts}, {self.method}, error {self.error:.1e}{kept}"
 
 
 @dataclass(frozen=True)
