@@ -4,6 +4,9 @@ May import runtime/ alone. What `fuse` does, in the order of the files: `recordi
 `operations.py` says what each node of it computes, `regions.py` finds which of them are one convolution together,
 `equivalent.py` computes that convolution and checks it, `placement.py` says where it goes, and `verifying.py` sees that
 nothing else has changed.
+
+Checkpoints: `timm.py` takes models of timm, RepVGG by `repvgg_names.py` and all others by `timm_wrapper.py`, and gives
+RepVGG back; `original.py` takes the authors' files, which `weight_files.py` reads.
 """
 
 from .fusing import fuse

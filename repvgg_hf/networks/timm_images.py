@@ -3,6 +3,8 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers.utils import logging
@@ -39,21 +41,28 @@ def timm_image_processor(timm_model: nn.Module) -> ImageProcessorFile | None:
     stem = next(module for module in timm_model.modules() if isinstance(module, nn.Conv2d))
     if not len(mean) == len(std) == channels == stem.in_channels:
         return _without(f"a mean of {len(mean)} channels for a model of {stem.in_channels}")
-    processor = {
+    processor = center_crop_processor(size, (height, width), config["interpolation"], mean, std)
+    return ImageProcessorFile(json.dumps(processor, indent=2, sort_keys=True) + "\n")
+
+
+def center_crop_processor(
+    size: dict[str, int], crop: tuple[int, int], interpolation: str, mean: list[float], std: list[float]
+) -> dict:
+    """Return the configuration of an image processor that resizes to `size`, crops the center and normalizes."""
+    return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": channels == 3,
+        "do_convert_rgb": len(mean) == 3,
         "do_resize": True,
         "size": size,
-        "resample": _RESAMPLE[config["interpolation"]],
+        "resample": _RESAMPLE[interpolation],
         "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
+        "crop_size": {"height": crop[0], "width": crop[1]},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": mean,
         "image_std": std,
     }
-    return ImageProcessorFile(json.dumps(processor, indent=2, sort_keys=True) + "\n")
 
 
 def _without(reason: str) -> None:
@@ -75,14 +84,60 @@ def timm_label_names(timm_model: nn.Module) -> dict[int, str] | None:
     classes = getattr(timm_model, "num_classes", None)
     labels, described = config.get("label_names"), config.get("label_descriptions") or {}
     if not labels and classes == config.get("num_classes") == 1000 and "in1k" in (config.get("tag") or ""):
-        from timm.data import ImageNetInfo
-
-        info = ImageNetInfo("imagenet-1k")
-        labels, described = info.label_names(), info.label_descriptions(as_dict=True)
+        return dict(enumerate(imagenet_names()))
     if not labels or len(labels) != classes:
         return None
     labels = [labels[index] for index in range(classes)] if isinstance(labels, dict) else list(labels)
+    return dict(enumerate(_described(labels, described)))
+
+
+def imagenet_names() -> list[str]:
+    """Return the names of ImageNet's 1,000 classes, in the order that networks have them; they are timm's list."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return _described(info.label_names(), info.label_descriptions(as_dict=True))
+
+
+def _described(labels: list[str], described: dict[str, str]) -> list[str]:
+    """Return what `labels` are described as, with the label behind it where several have the same description."""
     names = [described.get(label, label) for label in labels]
     times = Counter(names)  # two classes of ImageNet are called crane: the bird and the machine
-    names = [name if times[name] == 1 else f"{name} ({label})" for name, label in zip(names, labels)]
-    return dict(enumerate(names))
+    return [name if times[name] == 1 else f"{name} ({label})" for name, label in zip(names, labels)]
+
+
+def timm_image_settings(processor: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what timm has in the `pretrained_cfg` of a model whose image processor has this configuration.
+
+    The opposite of [`timm_image_processor`]; `None`, with a warning, if timm does not prepare images so.
+    """
+    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    height, width, edge = crop.get("height"), crop.get("width"), size.get("shortest_edge")
+    interpolation = {number: name for name, number in _RESAMPLE.items()}.get(processor.get("resample"))
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    usual = all(processor.get(step) for step in steps) and abs(processor.get("rescale_factor", 0) * 255 - 1) < 1e-6
+    if usual and interpolation and height and width:
+        settings = {
+            "input_size": [len(processor["image_mean"]), height, width],
+            "interpolation": interpolation,
+            "mean": list(processor["image_mean"]),
+            "std": list(processor["image_std"]),
+        }
+        if edge and height == width and (share := _crop_share(height, edge)):
+            return settings | {"crop_pct": share, "crop_mode": "center"}
+        share = _crop_share(height, size.get("height"))
+        if share and share == _crop_share(width, size.get("width")):
+            return settings | {"crop_pct": share, "crop_mode": "squash"}
+    logger.warning(
+        "timm can't prepare images as the model's image processor does (size %s, crop %s): the model is saved with "
+        "timm's usual settings for its architecture.", size, crop,
+    )  # fmt: skip
+    return None
+
+
+def _crop_share(crop: int, edge: int | None) -> float | None:
+    """Return the share of an edge that is cropped such that timm computes the edge from it; `None` if there is none."""
+    if not edge:
+        return None
+    shares = (math.floor(crop / edge * 10**digits) / 10**digits for digits in (3, 6, 9, 12))
+    return next((share for share in shares if share and math.floor(crop / share) == edge), None)

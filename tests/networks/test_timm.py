@@ -9,9 +9,11 @@ from timm.models.byobnet import RepVggBlock
 from timm.utils.model import reparameterize_model
 from torch import nn
 
-from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
-from repvgg_hf.networks import convert_timm_state_dict, from_timm
+from repvgg_hf import RepVGGConfig, RepVGGForImageClassification, from_timm, to_timm_state_dict
+from repvgg_hf.networks import convert_timm_state_dict
+from repvgg_hf.networks.timm import timm_architecture
 from repvgg_hf.runtime.modeling_repvgg import RepVGGLayer
+from repvgg_hf.runtime.reparameterization import ReparamConv2d
 
 SMALL = ["a0", "a1", "a2", "b0"]
 LARGE = ["b1", "b1g4", "b2", "b2g4", "b3", "b3g4", "d2se"]
@@ -123,12 +125,83 @@ def test_it_can_be_saved_and_trained_on_with_oabn(tmp_path):
     assert loaded.repvgg.encoder.stages[0].layers[1].conv.oabn_threshold == loaded.config.oabn_threshold
 
 
-def test_other_models_are_refused():
-    with pytest.raises(ValueError, match=r"Not a RepVGG of timm: unknown keys conv1\.0\.weight, .* \(\d+ of \d+\)"):
-        from_timm(timm.create_model("resnet10t"))
-    with pytest.raises(ValueError, match=r"unknown keys stem\.conv_kxk\.0\.conv\.weight"):
-        from_timm(timm.create_model("mobileone_s0"))
-    with pytest.raises(ValueError, match=r"unknown keys stages\.0\.0\.other\.weight \(1 of 1\)"):
-        convert_timm_state_dict({"stages.0.0.other.weight": torch.zeros(1)})
+def test_repvgg_with_another_activation_is_refused():
     with pytest.raises(ValueError, match="The activation is SiLU: only models with ReLU are converted"):
         from_timm(tiny_timm(act_layer="silu"))
+
+
+def test_state_dicts_of_other_models_are_refused():
+    with pytest.raises(ValueError, match=r"Not a RepVGG of timm: unknown keys conv1\.0\.weight, .* \(\d+ of \d+\)"):
+        convert_timm_state_dict(timm.create_model("resnet10t").state_dict())
+    with pytest.raises(ValueError, match=r"unknown keys stages\.0\.0\.other\.weight \(1 of 1\)"):
+        convert_timm_state_dict({"stages.0.0.other.weight": torch.zeros(1)})
+
+
+class TestBackToTimm:
+    @pytest.mark.parametrize("fused", [False, True], ids=["branches", "fused"])
+    @pytest.mark.parametrize("oabn", [False, True], ids=["BN", "OABN"])
+    @torch.no_grad()
+    def test_the_same_logits(self, oabn, fused, randomize_batch_norms, keep_signal, relative_error, generator):
+        config = RepVGGConfig.from_variant("a0", num_labels=7, oabn=oabn, oabn_threshold=0.5)
+        ours = randomize_batch_norms(RepVGGForImageClassification(config), generator).eval()
+        blocks = [block for block in ours.modules() if isinstance(block, ReparamConv2d)]
+        assert len(blocks) == 22 and all((block.bounds()["1x1"] is not None) == oabn for block in blocks)
+        ours, theirs = ours.double(), timm.create_model("repvgg_a0", num_classes=7).double().eval()
+        if fused:
+            ours, theirs = ours.reparameterize().double(), reparameterize_model(theirs)
+        theirs.load_state_dict(to_timm_state_dict(ours))
+        pixel_values = torch.randn(2, 3, 64, 64, generator=generator).double()
+        expected = keep_signal(ours, RepVGGLayer)(pixel_values).logits
+        assert relative_error(*expected) > 1e-2
+        assert relative_error(keep_signal(theirs, RepVggBlock)(pixel_values), expected) < 1e-10
+
+    @torch.no_grad()
+    def test_squeeze_excitation_and_groups(self, generator, randomize_batch_norms):
+        byobnet = timm.models.byobnet
+        blocks = byobnet._rep_vgg_bcfg(d=(2, 2), wf=(0.25, 0.25), groups=2)
+        gates = {"attn_layer": "se", "attn_kwargs": {"rd_ratio": 1 / 16, "rd_divisor": 1}}
+        config = byobnet.ByoModelCfg(blocks=blocks, stem_type="rep", stem_chs=16, **gates)
+        theirs = byobnet.ByobNet(config, num_classes=5)
+        tensors = to_timm_state_dict(from_timm(randomize_batch_norms(theirs, generator)))
+        expected = theirs.state_dict()
+        assert tensors.keys() == expected.keys() and "stem.attn.fc1.weight" in tensors
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+    def test_they_are_copies(self):
+        ours = from_timm(tiny_timm())
+        before = copy.deepcopy(ours.state_dict())
+        for tensor in to_timm_state_dict(ours).values():
+            tensor.add_(1)
+        assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
+
+    def test_kernels_are_contiguous_after_inference(self):
+        ours = from_timm(tiny_timm()).reparameterize().eval()
+        with torch.no_grad():
+            ours(torch.randn(1, 3, 32, 32))
+        assert all(tensor.is_contiguous() for tensor in to_timm_state_dict(ours).values())
+
+    def test_what_timm_has_not(self, tiny_config):
+        make = RepVGGForImageClassification
+        with pytest.raises(
+            ValueError, match="The blocks have branches 3x3, 1x1, and timm's have 3x3, 1x1 and identity"
+        ):
+            to_timm_state_dict(make(tiny_config(block_branches=("3x3", "1x1"))))
+        with pytest.raises(ValueError, match=r"branches 3x3, 1x3.*as it has repvgg\.\S+1x3\.conv\.weight"):
+            to_timm_state_dict(make(tiny_config(block_branches=("3x3", "1x3", "1x1", "identity"))))
+        assert to_timm_state_dict(make(tiny_config(block_branches=("3x3", "1x3"))).reparameterize())
+        with pytest.raises(ValueError, match="hidden_act is 'silu'"):
+            to_timm_state_dict(make(tiny_config(hidden_act="silu")))
+        with pytest.raises(ValueError, match=r"The model is quantized.*dequantize\(\) it first"):
+            to_timm_state_dict(make(tiny_config()).quantize(bits=4))
+        with pytest.raises(ValueError, match="prepared for training with quantized weights"):
+            to_timm_state_dict(make(tiny_config()).prepare_qat(bits=4))
+        with pytest.raises(TypeError, match="RepVGGModel has no counterpart in timm"):
+            to_timm_state_dict(make(tiny_config()).repvgg)
+
+    def test_names_in_timm(self):
+        for variant in [*SMALL, *LARGE]:
+            assert timm_architecture(RepVGGConfig.from_variant(variant, num_labels=3)) == f"repvgg_{variant}"
+        with pytest.raises(ValueError, match=r"strides is \[1, 2, 2, 2\], and timm's repvgg_a0 has \[2, 2, 2, 2\]"):
+            timm_architecture(RepVGGConfig.from_variant("a0", strides=[1, 2, 2, 2]))
+        with pytest.raises(ValueError, match=r"timm has no RepVGG with stem_hidden_size=8, hidden_sizes=\[8\]"):
+            timm_architecture(RepVGGConfig(stem_hidden_size=8, hidden_sizes=[8], depths=[1], strides=[2]))
