@@ -16,6 +16,7 @@ from ..networks.oabn import settle_outlier_bounds
 from ..runtime.cluster_layers import cluster_layers
 from ..runtime.layer_swaps import all_names, dequantize_layers, replace_with_cluster_layers
 from ..runtime.logs import get_logger
+from ..runtime.marker import has_own_code
 from ..runtime.options import unknown_option
 from ..runtime.quantization_cluster import ClusterConfig, QuantizationOptions
 from ..runtime.quantization_methods import METHODS
@@ -200,7 +201,7 @@ def _put_fused(model, fused: dict[str, nn.Module]) -> None:
     for name, layer in fused.items():
         model.set_submodule(name, layer)
     for module in model.modules():
-        if hasattr(module, "reparameterize"):
+        if has_own_code(module):
             module.config.deploy = True
 
 

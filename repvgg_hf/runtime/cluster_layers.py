@@ -233,9 +233,9 @@ class ClusterConv(ClusterLayer):
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
         self.pads = layer._reversed_padding_repeated_twice  # for each side, the last dimension first, as F.pad takes it
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in PyTorch
         weight = self.weight  # first: see ClusterLayer.weight
-        x = self.quantized_input(x)
+        x = self.quantized_input(input)
         if self.padding_mode == "zeros":
             return self.convolve(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         x = F.pad(x, self.pads, self.padding_mode)
@@ -269,9 +269,9 @@ class ClusterLinear(ClusterLayer):
         super().__init__(layer, *args, **kwargs)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = self.weight  # first: see ClusterLayer.weight
-        return F.linear(self.quantized_input(x), weight, self.bias)
+        return F.linear(self.quantized_input(input), weight, self.bias)
 
     def float_layer(self) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")

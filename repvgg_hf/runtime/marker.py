@@ -14,7 +14,10 @@ from .cluster_layers import cluster_layers
 
 
 def has_own_code(model) -> bool:
-    """Tell whether `model` is of this package, whose code can lie beside a checkpoint."""
+    """Tell whether `model` is of this package, whose code can lie beside a checkpoint, or of a copy of that.
+
+    Blocks of timm have a `reparameterize()`, too, so that this is no sign.
+    """
     return hasattr(model, "replace_with_cluster_layers")
 
 
@@ -40,4 +43,4 @@ def pass_over_marker(model, layers) -> None:
         model._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.)({names})\.weight$"}
 
 
-__all__ = ["is_marker", "pass_over_marker", "with_marker"]
+__all__ = ["has_own_code", "is_marker", "pass_over_marker", "with_marker"]

@@ -12,7 +12,7 @@ from .checkpoints import check_checkpoint, read_tensors, tensors_checksum
 from .checksum_settings import settings_to_store
 from .cluster_layers import check_layers
 from .layer_swaps import dequantize_layers, rebuild_structure, replace_with_cluster_layers
-from .marker import pass_over_marker, with_marker
+from .marker import has_own_code, pass_over_marker, with_marker
 from .new_layers import NewLayer, find_new_layers
 from .quantization_cluster import ClusterConfig
 from .stored_names import names_in_model, tensors_in_files
@@ -71,7 +71,7 @@ class ClusterQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not self.pre_quantized:
             return
-        if hasattr(model, "reparameterize"):
+        if has_own_code(model):
             require_fused(model.config)
         _require_safetensors(checkpoint_files)
         config = self.quantization_config

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...runtime.marker import has_own_code
+
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """The Kullback-Leibler divergence of the student's class probabilities from the teacher's, mean over the images.
@@ -68,7 +70,7 @@ class Distillation:
                 f"temperature must be positive and features at least 0, got {temperature!r} and {features!r}."
             )
         self.teacher = copy.deepcopy(teacher).eval()
-        if hasattr(self.teacher, "reparameterize"):
+        if has_own_code(self.teacher):
             self.teacher.reparameterize()
         self.teacher.requires_grad_(False)
         self.weight, self.temperature, self.features = weight, temperature, features
