@@ -18,9 +18,11 @@ COMMANDS = {
     "quantize": "--variants cifar --layers 3 --peers kmeans1d scikit-learn --peer_repeats 2",
     "calibrate": "--variant cifar --calibration_images 8 --image_size 32 --activation_memory 1 0 --repeats 1",
     "fuse": "--architectures repghostnet_050 --image_size 32",
+    "any_network": "--architectures test_resnet --image_size 64 --images 2 --peers none",
     "data": "--images 6 --image_size 32 --batch_size 2 --workers 0",
 }
 RUNS = {"inference": 2, "train_step": 1, "load": 4, "qat": 1, "quantize": 5, "calibrate": 2, "fuse": 2, "data": 2}
+RUNS["any_network"] = 3
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -57,7 +59,9 @@ def test_every_time_is_recorded(record):
 
 
 def test_unknown_benchmark_is_told_which_there_are(run):
-    assert "inference, train_step, load, qat, quantize, calibrate, fuse, data" in run("benchmarks", "speed", expect=1)
+    assert "inference, train_step, load, qat, quantize, calibrate, fuse, any_network, data" in run(
+        "benchmarks", "speed", expect=1
+    )
 
 
 def test_memory_is_measured_in_processes_of_their_own(run, tmp_path):
