@@ -39,8 +39,10 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
     matrix, which stay float. A layer that has several names is quantized once, and ones that share a weight are stored
     separately. Blocks of branches of this package are fused first; those of other networks by `repvgg_hf.fuse` before.
 
-    The arguments are those of [`~ReparameterizedPreTrainedModel.quantize`]. After [`prepare_qat`] call it without: the
-    trained codebooks are kept as they are.
+    The arguments are those of a RepVGG's method, which `help(repvgg_hf.RepVGGForImageClassification.quantize)` lists;
+    `options` are the fields of [`ClusterConfig`]: granularity, group_size, channel_scale, codebook_dtype,
+    bits_overrides, modules_to_not_convert, symmetric, range_method, decode, activation_bits. After [`prepare_qat`] call
+    it without: the trained codebooks are kept as they are.
 
     A model of Transformers is then saved with `save_pretrained` and loaded with `from_pretrained`, other modules with
     [`save_quantized`] and [`load_quantized`]. There is no code to put beside the checkpoint of a network that is not
@@ -51,8 +53,9 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
     rest in `modules_to_not_convert`.
 
     Raises `ValueError` for a model that is quantized already (also by another library), that has weights which are
-    not in memory, not finite or not there yet (lazy layers), or that has nothing to quantize, and for bad options;
-    `TypeError` for an unknown option. The model is then unchanged.
+    not in memory, not finite or not there yet (lazy layers), that was loaded from a checkpoint of quantization-aware
+    training without what it trained, or that has nothing to quantize, and for bad options; `TypeError` for an unknown
+    option. The model is then unchanged.
 
     Example:
     ```python
@@ -69,6 +72,8 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
         raise ValueError(
             "The model was prepared for QAT, which fixed how it is quantized: call quantize() without arguments."
         )
+    if not trained:
+        _refuse_lost_training(model)
     settle_outlier_bounds(model)
     fused, layers = fused_layers(model)
     if fused:
@@ -101,9 +106,9 @@ def prepare_qat(
 ):
     """Make `model` compute with quantized weights while its parameters train, in place; returns the model.
 
-    It may be any network, of which [`quantize`] says what is quantized. The arguments are those of
-    [`~ReparameterizedPreTrainedModel.prepare_qat`]. Codebooks start where quantization without data would put them:
-    starting from calibrated ones was measured to make training worse.
+    It may be any network, of which [`quantize`] says what is quantized, and what `options` there are. The arguments are
+    those of a RepVGG's method, which `help(repvgg_hf.RepVGGForImageClassification.prepare_qat)` lists. Codebooks start
+    where quantization without data would put them: starting from calibrated ones was measured to make training worse.
     """
     _require_float(model, "holds packed codes, which don't train: call {} first")
     if fake_quantizers(model):
@@ -179,6 +184,23 @@ def _require_float(model, problem: str) -> None:
     if getattr(model, "is_quantized", False) or cluster_layers(model):
         call = "model.dequantize()" if hasattr(model, "dequantize") else "repvgg_hf.dequantize(model)"
         raise ValueError(f"The model {problem.format(call)}.")
+
+
+def _refuse_lost_training(model) -> None:
+    """Raise `ValueError` for a float `model` from a checkpoint of quantization-aware training.
+
+    Transformers makes other models than this package's from their classes alone, which know no fake quantizers: what
+    these have learned is in the checkpoint, and is left out.
+    """
+    settings = getattr(getattr(model, "config", None), "qat_config", None)
+    if settings:
+        raise ValueError(
+            "The model is from a checkpoint of quantization-aware training, and from_pretrained() left out what its "
+            "codebooks have learned. To freeze that, prepare it as for training and load the checkpoint's tensors: "
+            "repvgg_hf.prepare_qat(model, ...), model.load_state_dict(safetensors.torch.load_file(file)), "
+            f"repvgg_hf.quantize(model). It was prepared with {settings!r:.300}. To quantize its float weights anew, "
+            "set model.config.qat_config to None, or remove it from config.json."
+        )
 
 
 def _settle_names(config, model, layers):

@@ -31,7 +31,9 @@ def check_can_be_recorded(model: nn.Module) -> None:
     """Raise `ValueError` naming the first module or weight with which no forward pass can be recorded."""
     compiled = hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule)
     if compiled:
-        raise ValueError(f"The model is compiled ({type(model).__name__}): fuse it first, and compile the fused model.")
+        raise ValueError(
+            f"The model is compiled ({type(model).__name__}): give the model itself, and compile what comes of it."
+        )
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(parameter):
             raise ValueError(
@@ -53,14 +55,14 @@ def check_not_quantized(model: nn.Module) -> None:
     if config is not None or getattr(model, "is_quantized", False):
         method = getattr(config, "quant_method", None) or (config.get("quant_method") if type(config) is dict else None)
         by = f" ({getattr(method, 'value', method)})" if method else ""
-        raise ValueError(f"The model is quantized already{by}: fuse the float model, and quantize what comes of it.")
+        raise ValueError(f"The model is quantized already{by}: take the float model, and quantize what comes of it.")
     for name, module in model.named_modules():
         prepared = any(getattr(module, kind, None) is not None for kind in ("weight_fake_quant", "input_fake_quant"))
         if prepared or isinstance(module, ClusterLayer):
-            raise ValueError(f"{name} is quantized, or prepared for it: fuse the float model before.")
+            raise ValueError(f"{name} is quantized, or prepared for it: take the float model before it was.")
         weight = getattr(module, "weight", None) if isinstance(module, nn.Conv2d) else None
         if weight is not None and not (weight.is_floating_point() and type(weight.data) is torch.Tensor):
             raise ValueError(
                 f"{name}.weight is a {type(weight.data).__name__} of {weight.dtype}, no plain float tensor: another "
-                "library quantized or sharded it. Fuse the float model before."
+                "library quantized or sharded it. Take the float model before it was."
             )

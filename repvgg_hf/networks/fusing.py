@@ -49,7 +49,9 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branch
     Returns:
         [`FuseReport`]: what was fused and what was left, and why.
 
-    `model.fused_structure` then describes the change, see `runtime/fused_structure.py`. Raises `ValueError` or
+    `model.fused_structure` then describes the change, see `runtime/fused_structure.py`; `quantize` stores it with the
+    model. A fused float model of Transformers has it not in its configuration: `from_pretrained` makes the network with
+    its norms, so keep the checkpoint from before, and fuse after loading. Raises `ValueError` or
     `TypeError` that says what to do about a model that can't be fused, and leaves it unchanged.
 
     Example:
@@ -65,9 +67,11 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branch
     if isinstance(model, ReparameterizedPreTrainedModel):
         regions, error = _fuse_own(model, example)
         return FuseReport(regions, before, count_layers(model), error)
+    # with named errors, before anything changes; and what a network computes once and keeps, such as RT-DETR's anchors,
+    # is kept from now on, in all recordings
+    record(model, example)
+    settle_outlier_bounds(model)
     recording = record(model, example)
-    if settle_outlier_bounds(model):  # the weights are other ones now
-        recording = record(model, example)
     graph = Graph(recording)
     maker = BlockMaker(model, recording) if keep_branches else None
     expected, recording.output = recording.output, None

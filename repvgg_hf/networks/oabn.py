@@ -16,6 +16,7 @@ from torch import nn
 from ..runtime.reparameterization import ReparamConv2d
 from ..runtime.tensors import kernel_of
 from .branch_sums import BranchSum, NormedBranch, SumFinder
+from .checks import check_can_be_recorded, check_not_quantized
 from .recording import record
 
 
@@ -29,6 +30,8 @@ class OutlierBounds:
 
     def __init__(self, sums: Sequence[BranchSum], threshold: float):
         self.sums, self.threshold = list(sums), threshold
+        self.trained = False  # since the last projection for good: an optimizer step may have moved the weights
+        self.moved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # norm weights before and after, by module
 
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:
@@ -43,14 +46,53 @@ class OutlierBounds:
                 norm.weight.copy_(torch.maximum(torch.minimum(norm.weight, limit), -limit))
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
-        """Project before a forward pass in training. Ranks agree: their statistics are made equal just before."""
-        if model.training and model.outlier_bounds is self:
-            self.project(model)
+        """Project before a forward pass in training. Ranks agree: their statistics are made equal just before.
+
+        And before the first one in evaluation after that, which then computes what the fused model will.
+        """
+        if model.outlier_bounds is not self:
+            return
+        if not model.training:
+            if self.trained:
+                self.project_for_now(model)
+            return
+        if not self.trained:
+            self.trained = True
+        if self.moved:
+            self._move_back(model)
+        self.project(model)
 
     def before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Project once more before a checkpoint is taken: an optimizer step has moved the weights since."""
         if model.outlier_bounds is self:
+            self.project_for_now(model)
+
+    @torch.no_grad()
+    def project_for_now(self, model: nn.Module) -> None:
+        """Project between steps of training.
+
+        Each of several ranks does so for statistics of its own, if at all, so that its weights would be others from
+        then on: they are remembered, and moved back before training goes on.
+        """
+        self.trained = False
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             self.project(model)
+            return
+        self._move_back(model)
+        norms = {branch.norm: model.get_submodule(branch.norm) for one in self.sums for branch in one.others}
+        before = {name: norm.weight.detach().clone() for name, norm in norms.items()}
+        self.project(model)
+        self.moved = {name: (before[name], norm.weight.detach().clone()) for name, norm in norms.items()}
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _move_back(self, model: nn.Module) -> None:
+        """Undo the projection between steps, of the weights that nothing else has changed since."""
+        for name, (before, after) in self.moved.items():
+            weight = model.get_submodule(name).weight
+            if (weight.device, weight.dtype) == (after.device, after.dtype) and torch.equal(weight, after):
+                weight.copy_(before)
+        self.moved = {}
 
 
 def settle_outlier_bounds(model: nn.Module) -> bool:
@@ -100,8 +142,9 @@ def add_oabn(model: nn.Module, example: Any, threshold: float = 6.0) -> OABNRepo
         threshold (`float`, defaults to 6): standard deviations of the dense branches' contribution to an entry of the
             fused kernel that another branch may add.
 
-    Returns an [`OABNReport`]. Raises `ValueError` if there is nothing to bound, the model does not run on the example
-    or has bounds already, and for a `threshold` that is not positive and finite; the model is then unchanged.
+    Returns an [`OABNReport`]. Raises `ValueError` if there is nothing to bound, the model does not run on the example,
+    is compiled, quantized, not in memory or has bounds already, and for a `threshold` that is not positive and finite;
+    the model is then unchanged.
 
     Example:
     ```python
@@ -115,6 +158,8 @@ def add_oabn(model: nn.Module, example: Any, threshold: float = 6.0) -> OABNRepo
         raise ValueError(f"threshold must be a positive, finite number of standard deviations, got {threshold!r}.")
     if getattr(model, "outlier_bounds", None) is not None:
         raise ValueError("The model has outlier bounds already: call add_oabn once, on the model as it was made.")
+    check_can_be_recorded(model)
+    check_not_quantized(model)
     own = {name: block for name, block in model.named_modules() if isinstance(block, ReparamConv2d)}
     finder = SumFinder(model, _record_in_eval_mode(model, example))
     inside = tuple(f"{name}." for name in own)

@@ -66,7 +66,7 @@ def test_a_quantized_convolution_is_the_float_one_with_its_weight(name, relative
     assert type(layer) is (ClusterConv1d if x.dim() == 3 else ClusterConv2d)
     convolve = F.conv1d if x.dim() == 3 else F.conv2d
     expected = convolve(padded(like, x), layer.weight, like.bias, like.stride, 0, like.dilation, like.groups)
-    assert relative_error(layer(x), expected) < 1e-6
+    assert relative_error(layer(input=x), expected) < 1e-6
     for attribute in (
         "in_channels",
         "out_channels",

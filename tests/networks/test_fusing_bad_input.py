@@ -147,7 +147,7 @@ def test_no_module():
 
 def test_quantized_by_this_package(tiny_config):
     model = RepVGGForImageClassification(tiny_config()).eval().quantize("uniform", bits=4)
-    expect_error(model, {"pixel_values": images(32)}, "quantized already.*fuse the float model")
+    expect_error(model, {"pixel_values": images(32)}, "quantized already.*take the float model")
     expect_error(nn.Sequential(model).eval(), images(32), "0.repvgg.*is quantized, or prepared for it")
 
 
@@ -179,7 +179,7 @@ def test_weights_that_are_no_float():
 
 
 def test_compiled_model():
-    with pytest.raises(ValueError, match="The model is compiled .*fuse it first"):
+    with pytest.raises(ValueError, match="The model is compiled .*give the model itself"):
         fuse(torch.compile(network(acb(C), C)), images())
 
 

@@ -112,3 +112,21 @@ def test_training_goes_on(fused):
 
 def test_dtype_follows(fused):
     assert copy.deepcopy(fused).double()(images().double()).dtype == torch.float64
+
+
+class Caching(Net):
+    """It computes a tensor in its first forward pass and keeps it, as RT-DETR does with its anchors."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def forward(self, x):
+        if not self.kept:
+            self.kept.append(torch.linspace(0, 1, 5, device=x.device))
+        return super().forward(x) + self.kept[0]
+
+
+def test_what_the_first_pass_keeps_is_no_difference():
+    report = fuse(Caching().eval(), images())
+    assert len(report.fused) == 3 and not report.left

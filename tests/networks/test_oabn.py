@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -248,6 +250,11 @@ def test_what_is_left_is_said_beside_what_is_bounded(example):
         (lambda: network(Asymmetric()), 0, ValueError, "threshold must be a positive"),
         (lambda: network(Asymmetric()), float("inf"), ValueError, "threshold must be a positive"),
         (lambda: network(Asymmetric()), "6", ValueError, "threshold must be a positive"),
+        (lambda: torch.compile(network(Asymmetric())), 6.0, ValueError, "compiled .*give the model itself"),
+        (lambda: network(Asymmetric()).to("meta"), 6.0, ValueError, "0.weight is offloaded"),
+        (lambda: network(nn.LazyBatchNorm2d()), 6.0, ValueError, "2.weight is uninitialized"),
+        (lambda: repvgg_hf.quantize(network(Asymmetric())), 6.0, ValueError, "is quantized already"),
+        (lambda: repvgg_hf.prepare_qat(network(Asymmetric())), 6.0, ValueError, "or prepared for it"),
     ],
 )
 def test_what_cannot_be_bounded_is_a_named_error(make, threshold, error, message, example):
@@ -288,3 +295,54 @@ def test_quantizing_ends_the_bounds(example):
     model.train()(example)
     after = [module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(map(torch.equal, before, after))
+
+
+def train_on_a_rank(rank: int, folder: str) -> None:
+    """Train on images of its own, with a state_dict in between, and save the parameters."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    widen(model)
+    repvgg_hf.add_oabn(model, images, THRESHOLD)
+    bounds, parallel = model.outlier_bounds, nn.parallel.DistributedDataParallel(model)
+    for step in range(4):
+        train(parallel, 1, images * (1 + rank))
+        before = copy.deepcopy(dict(model.named_parameters()))
+        state = parallel.state_dict()
+        assert_within_bounds(model, bounds.sums, THRESHOLD)  # by the rank's own statistics
+        assert torch.equal(state["module.2.row.norm.weight"], model[2].row.norm.weight)
+        assert step or any(not torch.equal(before[name], value) for name, value in model.named_parameters())
+    train(parallel, 1, images)
+    torch.save(dict(model.named_parameters()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_stay_equal_when_each_takes_a_state_dict(tmp_path):
+    """As Accelerate's save_state does: statistics differ between ranks until the next forward pass."""
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for rank in ranks:
+        errors = rank.communicate(timeout=300)[1]
+        assert rank.returncode == 0, errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, parameter in first.items():
+        assert torch.equal(parameter, second[name]), name
+
+
+if __name__ == "__main__":
+    train_on_a_rank(int(sys.argv[1]), sys.argv[2])
+
+
+def test_evaluation_after_a_step_is_what_the_fused_model_computes(example):
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    widen(model)
+    repvgg_hf.add_oabn(model, example, THRESHOLD)
+    train(model, 2, example)
+    evaluated = model.eval()(example)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model.outlier_bounds.project(model)
+    assert all(map(torch.equal, before, model.parameters()))
+    repvgg_hf.fuse(model, example)
+    torch.testing.assert_close(model(example), evaluated)

@@ -223,6 +223,26 @@ def test_resuming_from_a_checkpoint_of_something_else(vit, batch, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_checkpoint_of_training_that_is_loaded_without_its_codebooks(vit, batch, tmp_path):
+    """Transformers makes the float network, and leaves out what was learned: quantizing it silently would lose it."""
+    trainer_of(prepare_qat(vit, bits=3), batch, tmp_path, 2).train()
+    folder = tmp_path / "checkpoint-2"
+    loaded = ViTForImageClassification.from_pretrained(folder)
+    modules = dict(loaded.named_modules())
+    with pytest.raises(ValueError, match="left out what its codebooks have learned.*'bits': 3.*qat_config to None"):
+        quantize(loaded)
+    assert dict(loaded.named_modules()) == modules
+    with pytest.raises(ValueError, match="left out what its codebooks"):
+        ViTForImageClassification.from_pretrained(folder, quantization_config=ClusterConfig(bits=3))
+    prepare_qat(loaded, bits=3).load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        expected = vit.eval()(batch["pixel_values"]).logits
+        assert torch.equal(quantize(loaded).eval()(batch["pixel_values"]).logits, expected)
+    again = ViTForImageClassification.from_pretrained(folder)
+    again.config.qat_config = None
+    quantize(again, bits=2)
+
+
 def test_settings_are_kept_for_checkpoints_and_forgotten(vit, tmp_path):
     def saved():
         vit.save_pretrained(tmp_path)
