@@ -20,7 +20,7 @@ NETWORK = "--stem_hidden_size 32 --hidden_sizes 48 96 192 256 --depths 2 4 4 1 -
 TRAINING = (
     "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
 )
-QUANTIZATION = "--bits 8 6 4 3 --method uniform cluster --granularity per_tensor per_channel"
+QUANTIZATION = "--method uniform cluster --granularity per_tensor per_channel"
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 
 
@@ -29,11 +29,17 @@ class OABNStudyArguments(StudyArguments):
     """Options that say where the data is, and where results go."""
 
     num_train_epochs: int = field(default=8, metadata={"help": "Epochs of each training."})
+    bits: list[int] = field(default_factory=lambda: [8, 6, 4, 3], metadata={"help": "Bits of a weight's code."})
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that load images."})
     output_dir: str = field(default="outputs/oabn_study", metadata={"help": "Folder for models."})
     output_json: str = field(
         default="outputs/oabn_study/oabn.json", metadata={"help": "File for the figures; their tables go beside it."}
     )
+
+
+def quantization(args: OABNStudyArguments) -> str:
+    """The options of the recipe that quantizes."""
+    return f"--bits {' '.join(map(str, args.bits))} {QUANTIZATION}"
 
 
 def study_norm(norm: str, args: OABNStudyArguments) -> dict:
@@ -46,7 +52,7 @@ def study_norm(norm: str, args: OABNStudyArguments) -> dict:
         more = shared | limits | {"output_dir": folder}
         run_recipe("train", f"{NETWORK} {TRAINING} {NORMS[norm]}", more)
     quantized = folder / "quantize"
-    run_recipe("quantize", QUANTIZATION, shared | {"model_name_or_path": folder, "output_dir": quantized})
+    run_recipe("quantize", quantization(args), shared | {"model_name_or_path": folder, "output_dir": quantized})
     ptq = json.loads((quantized / "quantize_results.json").read_text())
     train = json.loads((folder / "train_results.json").read_text())
     return {
@@ -101,7 +107,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parameters = [norm.pop("parameters") for norm in norms.values()]
     record = {
         "recipe": "recipes/studies/oabn.py",
-        "options": {"network": NETWORK, "training": TRAINING, "quantization": QUANTIZATION, "norms": NORMS},
+        "options": {"network": NETWORK, "training": TRAINING, "quantization": quantization(args), "norms": NORMS},
         "dataset": args.dataset_title,
         "epochs": args.num_train_epochs,
         "seed": args.seed,

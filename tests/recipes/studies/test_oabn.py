@@ -22,11 +22,12 @@ def test_it_makes_its_tables_from_its_json(tmp_path, run):
     run(
         "studies.oabn", "--dataset_name", tmp_path / "data", "--num_train_epochs", "1", "--dataloader_num_workers", "0",
         "--output_dir", tmp_path / "models", "--output_json", tmp_path / "study.json", "--max_eval_samples", "16",
+        "--bits", "4",
     )  # fmt: skip
     record = json.loads((tmp_path / "study.json").read_text())
     table = (tmp_path / "study.md").read_text()
     for norm in ("BN", "OABN"):
-        assert len(record["norms"][norm]["results"]) == 17
+        assert len(record["norms"][norm]["results"]) == 5
         for row in record["norms"][norm]["results"]:
             assert f"{row['top1']:.2f}" in table
         for kernel in record["norms"][norm]["kernels"][:-1]:
