@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from repvgg_hf import fuse, quantize
-from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_calls
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, computing_with, time_calls
 from repvgg_hf.runtime.cluster_layers import cluster_layers
 
 BITS = 4
@@ -87,12 +87,8 @@ def is_installed(module: str) -> bool:
 
 def run(args: AnyNetworkArguments) -> list[dict]:
     """The records of time, error and size of each network."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with computing_with(args.threads):
         return [record for name in args.architectures for record in measure(name, args)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def measure(architecture: str, args: AnyNetworkArguments) -> list[dict]:

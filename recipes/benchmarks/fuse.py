@@ -10,7 +10,7 @@ from timm.utils.model import reparameterize_model
 
 from repvgg_hf import fuse
 from repvgg_hf.networks.fusing import count_layers
-from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, synchronize
+from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, computing_with, synchronize
 
 OURS, TIMM = "repvgg_hf.fuse", "timm"
 SECONDS = 1.0  # allowed for RepVGG-A0
@@ -32,12 +32,8 @@ class FuseArguments(BenchmarkArguments):
 
 def run(args: FuseArguments) -> list[dict]:
     """The records of time and layers of each network."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with computing_with(args.threads):
         return [record for name in args.architectures for record in measure(name, args)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def measure(name: str, args: FuseArguments) -> list[dict]:

@@ -4,7 +4,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,17 @@ class BenchmarkArguments:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}.")
         if self.device is None:
             self.device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def synchronize() -> None:

@@ -36,7 +36,7 @@ class OutlierBounds:
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:
         """Clip the norm weights of every bounded branch of `model`, in place, for the statistics that it has now."""
-        for branches in self.sums:
+        for branches in self.present(model):
             # parallel dense branches are near independent: their variances add
             variance = sum(_contribution_variance(model, branch) for branch in branches.dense)
             bound = self.threshold * variance.sqrt()
@@ -44,6 +44,10 @@ class OutlierBounds:
                 norm = model.get_submodule(branch.norm)
                 limit = bound * (norm.running_var + norm.eps).sqrt() / _largest_entry(model, branch)
                 norm.weight.copy_(torch.maximum(torch.minimum(norm.weight, limit), -limit))
+
+    def present(self, model: nn.Module) -> list[BranchSum]:
+        """Return the sums that `model` still has: others are in a part that was fused by itself, as they were then."""
+        return [branches for branches in self.sums if _has(model, branches)]
 
     def __call__(self, model: nn.Module, args: tuple) -> None:
         """Project before a forward pass in training. Ranks agree: their statistics are made equal just before.
@@ -79,7 +83,7 @@ class OutlierBounds:
             self.project(model)
             return
         self._move_back(model)
-        norms = {branch.norm: model.get_submodule(branch.norm) for one in self.sums for branch in one.others}
+        norms = {branch.norm: model.get_submodule(branch.norm) for one in self.present(model) for branch in one.others}
         before = {name: norm.weight.detach().clone() for name, norm in norms.items()}
         self.project(model)
         self.moved = {name: (before[name], norm.weight.detach().clone()) for name, norm in norms.items()}
@@ -93,6 +97,14 @@ class OutlierBounds:
             if (weight.device, weight.dtype) == (after.device, after.dtype) and torch.equal(weight, after):
                 weight.copy_(before)
         self.moved = {}
+
+
+def _has(model: nn.Module, branches: BranchSum) -> bool:
+    """Tell whether the modules of a sum are still in `model`."""
+    try:
+        return all(hasattr(model.get_submodule(one.norm), "running_var") for one in (*branches.dense, *branches.others))
+    except AttributeError:
+        return False
 
 
 def settle_outlier_bounds(model: nn.Module) -> bool:

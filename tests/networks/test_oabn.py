@@ -330,10 +330,6 @@ def test_ranks_stay_equal_when_each_takes_a_state_dict(tmp_path):
         assert torch.equal(parameter, second[name]), name
 
 
-if __name__ == "__main__":
-    train_on_a_rank(int(sys.argv[1]), sys.argv[2])
-
-
 def test_evaluation_after_a_step_is_what_the_fused_model_computes(example):
     torch.manual_seed(0)
     model = network(Asymmetric())
@@ -346,3 +342,22 @@ def test_evaluation_after_a_step_is_what_the_fused_model_computes(example):
     assert all(map(torch.equal, before, model.parameters()))
     repvgg_hf.fuse(model, example)
     torch.testing.assert_close(model(example), evaluated)
+
+
+def test_a_part_that_was_fused_by_itself_is_passed_over(example):
+    torch.manual_seed(0)
+    model = nn.Sequential(network(Asymmetric()), network(Asymmetric(), 8)[2:])
+    widen(model)
+    report = repvgg_hf.add_oabn(model, example, THRESHOLD)
+    assert len(report.bounded) == 2
+    repvgg_hf.fuse(model[0].eval(), example)
+    model.state_dict()
+    model[1].train()
+    model.training = True
+    model(example)
+    model.state_dict()
+    assert_within_bounds(model, report.bounded[1:], THRESHOLD)
+
+
+if __name__ == "__main__":
+    train_on_a_rank(int(sys.argv[1]), sys.argv[2])
