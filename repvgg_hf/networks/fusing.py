@@ -137,7 +137,7 @@ def _put_blocks(model: nn.Module, maker: BlockMaker, found: list[_Found]) -> Non
     for one in found:
         block = maker.make(one.region.parts, one.convolution)
         if block is not None:
-            model.set_submodule(names[one.convolution], block)
+            model.set_submodule(names[one.convolution], block.train(one.convolution.training))
             one.region = dataclasses.replace(one.region, keeps_branches=True)
 
 

@@ -302,11 +302,14 @@ class ReparamConv2d(nn.Module):
         return self.sum_of_branches(x)
 
     def empty_convolution(self, **kwargs) -> nn.Conv2d:
-        """Return an `nn.Conv2d` of the shape that the block fuses into; `kwargs` may be its device and dtype."""
+        """Return an `nn.Conv2d` of the shape that the block fuses into; `kwargs` may be its device and dtype.
+
+        It is in training mode if the block is: quantization-aware training computes other outputs there.
+        """
         return nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.kernel_size[0] // 2,
             groups=self.groups, **kwargs,
-        )  # fmt: skip
+        ).train(self.training)  # fmt: skip
 
     @torch.no_grad()
     def fuse(self, tolerance: float = 1e-4) -> nn.Conv2d:

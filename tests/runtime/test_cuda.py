@@ -134,7 +134,8 @@ def test_loading(make_model, batch, form, tmp_path):
 
 def test_quantizing_on_the_device(make_model):
     """Gives the codebooks that it gives on the CPU, and codes but for a weight in the middle between two entries."""
-    models = [make_model("fused"), make_model("fused").cuda()]
+    model = make_model("fused")
+    models = [model, copy.deepcopy(model).cuda()]
     layers = [cluster_layers(model.quantize(bits=3)) for model in models]
     for name, expected in layers[0].items():
         actual = layers[1][name].cpu()
@@ -158,8 +159,8 @@ def test_compiled(make_model, batch, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", ["inference", "train_step", "load", "qat", "calibrate"])
-def test_benchmarks(benchmark, tmp_path):
+@pytest.mark.parametrize("name", ["inference", "train_step", "load", "qat", "calibrate"])
+def test_benchmarks(name, tmp_path):
     main = pytest.importorskip("repvgg_hf.recipes.benchmarks.__main__", reason="needs timm and rich").main
     small = {
         "inference": ["--variant", "cifar", "--image_size", "32", "--batch_sizes", "4", "--method", "uniform"],
@@ -167,10 +168,10 @@ def test_benchmarks(benchmark, tmp_path):
         "load": ["--variant", "cifar", "--image_size", "32", "--method", "uniform", "--memory_repeats", "1"],
         "qat": ["--variants", "cifar", "--image_sizes", "32", "--batch_sizes", "8", "--memory_repeats", "1"],
         "calibrate": ["--variant", "cifar", "--image_size", "32", "--calibration_images", "8"],
-    }[benchmark]  # fmt: skip
+    }[name]  # fmt: skip
     output = tmp_path / "figures.json"
-    once = [] if benchmark == "calibrate" else ["--repeats", "1", "--seconds", "0.01"]
-    main([benchmark, *small, *once, "--device", "cuda", "--output_json", str(output)])
+    once = [] if name == "calibrate" else ["--repeats", "1", "--seconds", "0.01"]
+    main([name, *small, *once, "--device", "cuda", "--output_json", str(output)])
     record = json.loads(output.read_text())
     assert record["device"] == torch.cuda.get_device_name()
     assert all(value > 0 for run in record["runs"] for value in run["medians"].values())

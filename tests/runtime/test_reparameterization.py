@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.detr.modeling_detr import replace_batch_norm
 
-from repvgg_hf import ReparamConv2d
+from repvgg_hf import ReparamConv2d, RepVGGForImageClassification
 from repvgg_hf.runtime.oabn import _BoundedWeight, outlier_bounded_weight
 from repvgg_hf.runtime.reparameterization import ConvBranch, parse_branch
 
@@ -337,3 +337,9 @@ def test_strided_pointwise_branch_equals_the_convolution_it_holds(size, generato
     x = torch.randn(2, 3, *size, generator=generator).contiguous(memory_format=torch.channels_last)
     expected = branch.norm(branch.conv(x))
     torch.testing.assert_close(branch(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_model_stays_in_its_mode(tiny_config, training):
+    model = RepVGGForImageClassification(tiny_config()).train(training).reparameterize()
+    assert {module.training for module in model.modules()} == {training}
