@@ -1,6 +1,6 @@
 """Quantizing one weight tensor: what it becomes (codes, codebook, scale), and the steps that all methods share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,17 @@ class QuantizedWeight:
     def decoded(self) -> torch.Tensor:
         """Return the weight, float32 `[out, ...]`, as a [`ClusterLayer`] decodes it."""
         return decode(self.codes, self.codebook, self.scale)
+
+    def times(self, factor: torch.Tensor) -> "QuantizedWeight":
+        """Return the weight with each output channel multiplied by its positive `factor` `[out]`, where that is stored.
+
+        That is in the scale or in a codebook of the channel's own; without these the weight is returned as it is.
+        """
+        if self.scale is not None:
+            return replace(self, scale=self.scale * factor)
+        if len(self.codebook) != len(factor):
+            return self
+        return replace(self, codebook=(self.codebook.float() * factor[:, None]).to(self.codebook.dtype))
 
 
 def quantize_weight(

@@ -25,7 +25,8 @@ class CalibrationConfig:
             else a classifier takes what it predicts, and any other model how far its outputs move.
         error_compensation: choose codes and codebooks for the error of the layer's output (GPTQ with a codebook, arXiv
             2210.17323), not for that of its weight.
-        bias_correction: move biases so that every layer's mean output is the float model's (arXiv 1906.04721).
+        bias_correction: move biases so that every layer's mean output is the float model's (arXiv 1906.04721), and
+            scale its output channels, where they have a scale or a codebook each, to vary as with float weights.
         target_bits_per_weight: choose each layer's bits so that the whole model stores this many on average, codebooks
             and scales included; `bits` is then only the default for what comes later. `None` for the same bits in all.
         activation_range: with `activation_bits`, the range of a layer's input: the one with the least squared error
@@ -53,7 +54,7 @@ class CalibrationConfig:
         default=True, metadata={"help": "Choose codes for the error of a layer's output: GPTQ with a codebook."}
     )
     bias_correction: bool = field(
-        default=True, metadata={"help": "Move biases so that each layer's mean output is the float model's."}
+        default=True, metadata={"help": "Keep mean (by biases) and spread of each layer's outputs."}
     )
     target_bits_per_weight: float | None = field(
         default=None, metadata={"help": "Choose each layer's bits so that the model stores this many on average."}

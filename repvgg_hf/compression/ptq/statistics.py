@@ -77,3 +77,20 @@ class InputStatistics:
         groups, width = self.mean.shape
         wanted = weight.reshape(groups, -1, width) @ self.float_mean[:, :, None]
         return (wanted - quantized.reshape(groups, -1, width) @ self.mean[:, :, None]).reshape(-1)
+
+    def spread_ratio(self, weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        """Return the standard deviation of each output channel with `weight` over that with `quantized`, `[out]`.
+
+        Both are of the quantized model's inputs. A channel that puts out the same always has the ratio 1, and others at
+        least 1/2 and at most 2.
+        """
+        groups, width = self.mean.shape
+        covariance = self.moments - self.mean[:, :, None] * self.mean[:, None, :]
+
+        def variance(values: torch.Tensor) -> torch.Tensor:
+            rows = values.reshape(groups, -1, width)
+            return ((rows @ covariance) * rows).sum(dim=2).reshape(-1)
+
+        wanted, found = variance(weight), variance(quantized)
+        ratio = (wanted / found).sqrt().clamp(0.5, 2.0)
+        return torch.where((wanted > 0) & (found > 0), ratio, 1.0)

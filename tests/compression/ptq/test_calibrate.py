@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import repvgg_hf
 from repvgg_hf import CalibrationConfig, ClusterConv2d, RepVGGBackbone, RepVGGForImageClassification
 from repvgg_hf.compression.ptq import calibrate
 from repvgg_hf.runtime.cluster_layers import fake_quantize
@@ -70,6 +71,45 @@ def test_bias_correction_keeps_each_channels_mean(make_model, images):
         layer = model.get_submodule(name)
         assert torch.allclose(layer(images).mean(dim=(0, 2, 3)), expected, atol=1e-4)
         assert not torch.allclose(layer.bias, bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_bias_correction_keeps_each_channels_spread(make_model, images, granularity):
+    """On the calibration images themselves, at the first layer, by its scales or by the codebook of each channel."""
+    model = make_model("deploy").eval()
+    name = "repvgg.embeddings.layer.conv"
+    with torch.no_grad():
+        expected = model.get_submodule(name)(images).std(dim=(0, 2, 3))
+        plain = copy.deepcopy(model).quantize(
+            bits=2,
+            granularity=granularity,
+            calibration=images,
+            calibration_config=CalibrationConfig(bias_correction=False),
+        )
+        model.quantize(bits=2, granularity=granularity, calibration=images)
+        actual, without = (one.get_submodule(name)(images).std(dim=(0, 2, 3)) for one in (model, plain))
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=0)
+    assert (without / expected - 1).abs().max() > 0.02
+
+
+def test_two_bits_leave_outputs_where_few_values_pass_each_relu(generator):
+    """A chain of layers whose outputs are mostly negative: their means kept alone, all is dead in the end."""
+    layers = []
+    for _ in range(12):
+        layer = nn.Conv2d(32, 32, 3, padding=1)
+        nn.init.kaiming_normal_(layer.weight, generator=generator)
+        layers += [layer, nn.BatchNorm2d(32), nn.ReLU()]
+        nn.init.constant_(layers[-2].bias, -0.3)
+    net = nn.Sequential(*layers)
+    images = torch.randn(64, 32, 8, 8, generator=generator)
+    with torch.no_grad():
+        for _ in range(40):
+            net.train()(images)
+        net.eval()
+        repvgg_hf.fuse(net, images[:1])
+        expected = net(images)
+        actual = repvgg_hf.quantize(copy.deepcopy(net), bits=2, calibration=images)(images)
+    assert 0.7 < actual.mean() / expected.mean() < 1.4
 
 
 def test_inputs_are_rounded_as_packed_layers_will():
