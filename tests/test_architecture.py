@@ -32,7 +32,7 @@ ALLOWED = {
     "analysis": _LIBRARY,
     "interop": _LIBRARY,
     "training": _LIBRARY,
-    "hub": [*_LIBRARY, "analysis"],
+    "hub": [*_LIBRARY, "analysis", "interop"],
     "recipes": [*_LIBRARY, "analysis", "interop", "training", "hub"],
 }
 # a file that imports its way up: inside a function, for what a model does only where the whole package is installed
@@ -43,7 +43,9 @@ PUBLIC = {name: module.strip(".") for name, module in repvgg_hf._LAZY.items()} |
 }
 HEAVY = [
     "torchvision", "scipy", "sklearn", "datasets", "evaluate", "matplotlib", "timm", "accelerate", "rich",
+    "onnx", "onnxruntime", "onnxscript", "openvino", "coremltools", "torchao",
     "repvgg_hf.runtime.modeling_repvgg", "repvgg_hf.compression", "repvgg_hf.analysis", "repvgg_hf.training",
+    "repvgg_hf.interop",
 ]  # fmt: skip
 
 

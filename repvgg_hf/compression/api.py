@@ -20,13 +20,28 @@ from ..runtime.marker import has_own_code
 from ..runtime.options import unknown_option
 from ..runtime.quantization_cluster import ClusterConfig, QuantizationOptions
 from ..runtime.quantization_methods import METHODS
-from .layers import QuantizedLayer, fused_layers, quantize_layers, require_finite, warn_of_float_layers
+from .codebooks.bias import settle_bias
+from .layers import (
+    QuantizedLayer,
+    fused_layers,
+    quantize_layers,
+    require_finite,
+    settle_last_map,
+    warn_of_float_layers,
+)
 from .ptq.calibrate import calibrate
 from .ptq.config import CalibrationConfig
 from .ptq.data import CalibrationData
-from .ptq.input_ranges import observe_input_ranges
+from .ptq.input_ranges import observe_ranges
 from .qat.config import QATConfig, check_qat_options
-from .qat.prepare import add_quantizers, described, fake_quantizers, remove_fake_quantizers, trained_input_ranges
+from .qat.prepare import (
+    add_quantizers,
+    described,
+    fake_quantizers,
+    remove_fake_quantizers,
+    trained_input_ranges,
+    trained_output_ranges,
+)
 
 logger = get_logger(__name__)
 
@@ -41,8 +56,9 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
 
     The arguments are those of a RepVGG's method, which `help(repvgg_hf.RepVGGForImageClassification.quantize)` lists;
     `options` are the fields of [`ClusterConfig`]: granularity, group_size, channel_scale, codebook_dtype,
-    bits_overrides, modules_to_not_convert, symmetric, range_method, decode, activation_bits. After [`prepare_qat`] call
-    it without: the trained codebooks are kept as they are.
+    reduce_range, bits_overrides, modules_to_not_convert, symmetric, range_method, decode, activation_bits,
+    activation_scheme, quantize_last_map. After [`prepare_qat`] call it without: the trained codebooks are kept as they
+    are.
 
     A model of Transformers is then saved with `save_pretrained` and loaded with `from_pretrained`, other modules with
     [`save_quantized`] and [`load_quantized`]. There is no code to put beside the checkpoint of a network that is not
@@ -79,7 +95,7 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
     if fused:
         logger.warning("Fusing the branches of %d blocks before quantizing.", len(fused))
     if trained:
-        config, quantized = model.qat_settings[0], _trained_layers(layers, trained, trained_input_ranges(model))
+        config, quantized = model.qat_settings[0], _trained_layers(model, layers, trained)
     else:
         config = resolve_config(method, bits, options)
         _settle_names(config, model, layers)
@@ -96,6 +112,8 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
             layer.bias.copy_(quantized[name].bias)
         if quantized[name].input_range is not None:
             layer.set_input_range(*quantized[name].input_range)
+        if quantized[name].output_range is not None:
+            layer.set_output_range(*quantized[name].output_range)
     _mark_quantized(model, config)
     return model
 
@@ -128,13 +146,14 @@ def prepare_qat(
     calibration_config = _checked(calibration_config, CalibrationConfig, "calibration_config")
     _, layers = fused_layers(model)
     _settle_names(config, model, layers)
+    last_map = settle_last_map(model, layers, config)
     start = {name: layer.weight for name, layer in quantize_layers(layers, config).items()}
-    ranges = {}
+    inputs, outputs = {}, {}
     if config.activation_bits is not None:
         float_model, data = _float_model_and_data(model, calibration, calibration_config)
-        ranges = observe_input_ranges(float_model, list(start), data, config.activation_bits, calibration_config)
+        inputs, outputs = observe_ranges(float_model, list(start), data, config, calibration_config, last_map)
     warn_of_float_layers(model)
-    add_quantizers(model, start, ranges, config, qat_config)
+    add_quantizers(model, start, inputs, outputs, config, qat_config)
     return model
 
 
@@ -273,11 +292,12 @@ def _post_training(
 ) -> tuple[ClusterConfig, dict[str, QuantizedLayer]]:
     """Quantize the fused `layers` after training; returns them and the configuration with all choices made."""
     _require_data(config, calibration, calibration_config)
+    last_map = settle_last_map(model, layers, config)
     if calibration is None:
         return config, quantize_layers(layers, config)
     calibration_config = _checked(calibration_config, CalibrationConfig, "calibration_config")
     float_model, data = _float_model_and_data(model, calibration, calibration_config)
-    return calibrate(float_model, config, data, calibration_config)
+    return calibrate(float_model, config, data, calibration_config, last_map)
 
 
 def _float_model_and_data(model, calibration, calibration_config: CalibrationConfig):
@@ -288,14 +308,17 @@ def _float_model_and_data(model, calibration, calibration_config: CalibrationCon
     return float_model, CalibrationData(calibration, calibration_config.calibration_batch_size, device, float_model)
 
 
-def _trained_layers(layers: dict[str, nn.Module], trained: dict, ranges: dict) -> dict[str, QuantizedLayer]:
-    """Return what quantization-aware training has made of each layer."""
-    for name in trained:
+def _trained_layers(model, layers: dict[str, nn.Module], trained: dict) -> dict[str, QuantizedLayer]:
+    """Return what quantization-aware training has made of each of the `layers` of the fused `model`."""
+    inputs, outputs = trained_input_ranges(model), trained_output_ranges(model)
+    found = {}
+    for name, fake_quantizer in trained.items():
         require_finite(name, layers[name])
-    return {
-        name: QuantizedLayer(fake_quantizer.quantized(layers[name].weight), input_range=ranges.get(name))
-        for name, fake_quantizer in trained.items()
-    }
+        weight, bias = fake_quantizer.quantized(layers[name].weight), None
+        if name in inputs:
+            weight, bias = settle_bias(weight, getattr(layers[name], "bias", None), inputs[name][0])
+        found[name] = QuantizedLayer(weight, bias, inputs.get(name), outputs.get(name))
+    return found
 
 
 def _mark_quantized(model, config: ClusterConfig) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..runtime.layer_swaps import is_plain, layers_left_float, require_quantizable
+from ..runtime.layer_swaps import LastMap, is_plain, last_map_of, layers_left_float, require_quantizable
 from ..runtime.logs import get_logger
 from ..runtime.quantization_cluster import ClusterConfig
 from ..runtime.reparameterization import fused_convolutions
@@ -25,11 +25,13 @@ class QuantizedLayer:
             channel scale (a factor for each output channel).
         bias (`torch.Tensor`, *optional*): `[out]` if it changes, else `None`.
         input_range (`tuple[float, int]`, *optional*): (scale, zero point) of its input if that is quantized.
+        output_range (`tuple[float, int]`, *optional*): the same of its output.
     """
 
     weight: QuantizedWeight
     bias: torch.Tensor | None = None
     input_range: tuple[float, int] | None = None
+    output_range: tuple[float, int] | None = None
 
 
 @torch.no_grad()
@@ -53,6 +55,28 @@ def fused_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.M
             f"{type(model).__name__} has no plain nn.Linear, nn.Conv1d or nn.Conv2d layer, which are what is quantized."
         )
     return fused, fused | plain
+
+
+def settle_last_map(model: nn.Module, layers: dict[str, nn.Module], config: ClusterConfig) -> LastMap | None:
+    """Decide whether the last feature map of `model` is rounded, write that into `config`, and return which one it is.
+
+    `layers` are those of the fused model. By default the map is rounded in a classifier of this package if activations
+    are, and the convolution that makes it is quantized. Raises `ValueError` where `config.quantize_last_map` asks for
+    what can't be.
+    """
+    place = last_map_of(model) if getattr(model, "rounds_last_map", False) else None
+    possible = place is not None and place.layer in layers and config.converts(place.layer)
+    if config.quantize_last_map and not possible:
+        problem = "has no last feature map that a convolution alone makes and a mean alone takes"
+        if place is not None:
+            problem = f"leaves {place.layer!r}, which makes the last feature map, float"
+        raise ValueError(
+            f"{type(model).__name__} {problem}, as quantize_last_map=True asks for: leave quantize_last_map out. It is "
+            "for RepVGGForImageClassification without squeeze-excitation."
+        )
+    if config.quantize_last_map is None and config.activation_bits is not None and possible:
+        config.quantize_last_map = True
+    return place if config.quantize_last_map else None
 
 
 def warn_of_float_layers(model: nn.Module) -> None:

@@ -9,6 +9,10 @@ scale*, if there is one, is a factor for each output channel.
 With activation bits the layer's input x is rounded to integers too, as ONNX QuantizeLinear and DequantizeLinear do:
 
 x_q = (clamp(round(x / input_scale) + input_zero_point, 0, 2**bits - 1) - input_zero_point) * input_scale
+
+So is the output of a layer that asks for it, by `output_scale` and `output_zero_point`: that of the last convolution,
+whose output no quantized layer takes as it is. The bias of a layer that computes with integers (int8 codebook,
+activation bits) is a multiple of `input_scale * weight_scale[o]`, the unit in which these are summed up.
 """
 
 import math
@@ -30,9 +34,37 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     `scale` is a positive 0-dim float32 tensor, `zero_point` a 0-dim uint8 tensor. Halves are rounded to even. No
     gradient passes. PyTorch's own fake quantization multiplies by the reciprocal of the scale, which rounds otherwise.
     """
+    return to_integers(x, scale, zero_point, bits).mul_(scale).to(x.dtype)
+
+
+def to_integers(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round `x` to the unsigned integers of `bits` bits, see [`fake_quantize`], less the zero point; float32."""
     zero_point = zero_point.float()
     integers = (x.float() / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
-    return integers.sub_(zero_point).mul_(scale).to(x.dtype)
+    return integers.sub_(zero_point)
+
+
+def sum_of_integers(
+    linear_map: Callable[..., torch.Tensor],
+    integers: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    step: torch.Tensor,
+) -> torch.Tensor:
+    """Apply `linear_map` to integers and scale what it gives, as engines do.
+
+    Products of scaled numbers are rounded each, so that their sum may fall to the other side of a step of the next
+    layer's input. Float32 holds sums of integers exactly up to 2**24.
+
+    Args:
+        linear_map: a convolution or matrix product, of `(input, weight, bias)`.
+        integers, weight: whole numbers, in the dtype that is computed in.
+        bias: `[out]`, multiples of the steps, but for rounding.
+        step: what an integer more of the sum stands for, float32 `[out]`.
+    """
+    bias = None if bias is None else (bias / step).round()
+    y = linear_map(integers, weight, bias)
+    return y * step.view(-1, *[1] * (weight.dim() - 2)).to(y.dtype)
 
 
 class ClusterLayer(nn.Module):
@@ -48,6 +80,8 @@ class ClusterLayer(nn.Module):
             beside the codes.
         activation_bits (`int`, *optional*): bits of the layer's input, 2 to 8, or `None` to leave it as it is. The
             range is set by [`set_input_range`] or loaded; until then the outputs are NaN.
+        rounds_output (`bool`, defaults to `False`): whether the output is rounded to as many bits, too, in a range that
+            [`set_output_range`] sets.
     """
 
     def __init__(
@@ -59,6 +93,7 @@ class ClusterLayer(nn.Module):
         codebook_dtype: torch.dtype,
         on_the_fly: bool = False,
         activation_bits: int | None = None,
+        rounds_output: bool = False,
     ):
         super().__init__()
         self.weight_shape = tuple(layer.weight.shape)
@@ -76,6 +111,10 @@ class ClusterLayer(nn.Module):
         if activation_bits is not None:
             self.register_buffer("input_scale", torch.full((), math.nan, dtype=torch.float32, device=device))
             self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8, device=device))
+        self.rounds_output = rounds_output
+        if rounds_output:
+            self.register_buffer("output_scale", torch.full((), math.nan, dtype=torch.float32, device=device))
+            self.register_buffer("output_zero_point", torch.zeros((), dtype=torch.uint8, device=device))
         self.bias = layer.bias
         self.compute_dtype = layer.weight.dtype
         self.forget_weight()
@@ -95,14 +134,24 @@ class ClusterLayer(nn.Module):
         """
         if self.activation_bits is None:
             raise ValueError("The layer's input is not quantized: set activation_bits in the ClusterConfig.")
+        self._set_range("input", scale, zero_point)
+
+    def set_output_range(self, scale: float, zero_point: int = 0):
+        """Round the output as [`set_input_range`] does the input; raises `ValueError` likewise."""
+        if not self.rounds_output:
+            raise ValueError("The layer's output is not quantized: set quantize_last_map in the ClusterConfig.")
+        self._set_range("output", scale, zero_point)
+
+    def _set_range(self, end: str, scale: float, zero_point: int) -> None:
+        """Set the range of one `end` of the layer, `"input"` or `"output"`."""
         highest = 2**self.activation_bits - 1
         stored = torch.tensor(scale, dtype=torch.float32).item()
         if not 0 < stored < math.inf:
             raise ValueError(f"scale must be positive and finite in float32, got {scale!r}.")
         if not 0 <= zero_point <= highest or zero_point != int(zero_point):
             raise ValueError(f"zero_point must be an integer from 0 to {highest}, got {zero_point!r}.")
-        self.input_scale.fill_(stored)
-        self.input_zero_point.fill_(int(zero_point))
+        self._buffers[f"{end}_scale"].fill_(stored)
+        self._buffers[f"{end}_zero_point"].fill_(int(zero_point))
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint has of this layer; a `state_dict` takes ten times as long to make."""
@@ -116,17 +165,36 @@ class ClusterLayer(nn.Module):
 
     def decoded(self) -> torch.Tensor:
         """Decode the weight, in float32, and return it in the layer's dtype; a kernel has its channels last."""
+        return self._scaled(self._entries()).to(self.compute_dtype)
+
+    def _entries(self) -> torch.Tensor:
+        """Return the codebook's entry for each weight, float32, without the channels' scale."""
         weight = lookup_packed(self.weight_codes, self.weight_codebook.float(), self.bits, self.weight_numel)
         weight = weight.view(self.weight_shape)
-        if weight.dim() == 4:
-            weight = channels_last(weight)
-        if self.weight_scale is not None:
-            weight *= self.weight_scale.view(-1, *[1] * (weight.dim() - 1))
-        return weight.to(self.compute_dtype)
+        return channels_last(weight) if weight.dim() == 4 else weight
+
+    def _scaled(self, entries: torch.Tensor) -> torch.Tensor:
+        """Return the weight of these entries, which may be overwritten."""
+        if self.weight_scale is None:
+            return entries
+        return entries.mul_(self.weight_scale.view(-1, *[1] * (entries.dim() - 1)))
+
+    @property
+    def sums_integers(self) -> bool:
+        """Whether the layer computes by [`sum_of_integers`]; not in half precision, where these overflow."""
+        integers = self.activation_bits is not None and self.weight_codebook.dtype == torch.int8
+        return integers and self.compute_dtype in (torch.float32, torch.float64)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight in the layer's dtype: decoded at first use and kept, or every time if `on_the_fly`.
+        """The dense weight in the layer's dtype: decoded at first use and kept, or every time if `on_the_fly`."""
+        operand = self.operand()
+        if not self.sums_integers:
+            return operand
+        return self._scaled(operand.to(torch.float32, copy=True)).to(self.compute_dtype)
+
+    def operand(self) -> torch.Tensor:
+        """Return what inputs are multiplied by: the weight, or its integers if the layer [`sums_integers`].
 
         A forward pass asks for it before it reads any other buffer: `torch.compile` takes those that a layer has when
         the first is read as all that there are.
@@ -134,7 +202,10 @@ class ClusterLayer(nn.Module):
         if self.keeps_weight:
             self.decode_once()
         dense = self._buffers.get("dense_weight")
-        return self.decoded() if dense is None else dense
+        return self._decoded_operand() if dense is None else dense
+
+    def _decoded_operand(self) -> torch.Tensor:
+        return self._entries().to(self.compute_dtype) if self.sums_integers else self.decoded()
 
     @torch.compiler.assume_constant_result  # a compiled model decodes while it is traced; its graph has the result
     def decode_once(self) -> None:
@@ -146,7 +217,7 @@ class ClusterLayer(nn.Module):
         if "dense_weight" in self._buffers:
             return
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be of no use in training
-            weight = self.decoded()
+            weight = self._decoded_operand()
         if has_memory(weight):
             self.register_buffer("dense_weight", weight, persistent=False)
 
@@ -162,10 +233,8 @@ class ClusterLayer(nn.Module):
         self.forget_weight()
 
     def _apply(self, fn, recurse=True):
-        names = [
-            name for name in ("weight_codebook", "weight_scale", "input_scale") if self._buffers.get(name) is not None
-        ]
-        stored = {name: self._buffers[name] for name in names}
+        floats = ("weight_codebook", "weight_scale", "input_scale", "output_scale")
+        stored = {name: self._buffers[name] for name in floats if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)
         # `.half()` and `.to(bfloat16)` are for what is computed, not for what is stored: saving again stays lossless
         for name, before in stored.items():
@@ -178,11 +247,26 @@ class ClusterLayer(nn.Module):
             self.forget_weight()  # the codes give a wider dtype all its digits again
         return self
 
-    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Round `x` to the grid of the layer's input; without activation bits it is returned as it is."""
+    def linear_map(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute the layer's convolution or matrix product."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in PyTorch
+        operand = self.operand()  # first: see there
         if self.activation_bits is None:
-            return x
-        return fake_quantize(x, self.input_scale, self.input_zero_point, self.activation_bits)
+            return self.linear_map(input, operand, self.bias)
+        x = to_integers(input, self.input_scale, self.input_zero_point, self.activation_bits)
+        if not self.sums_integers or torch.is_autocast_enabled(input.device.type):
+            y = self.linear_map(x.mul_(self.input_scale).to(input.dtype), self.weight, self.bias)
+            return self.quantized_output(y)
+        step = self.input_scale * self.weight_scale
+        return self.quantized_output(sum_of_integers(self.linear_map, x.to(input.dtype), operand, self.bias, step))
+
+    def quantized_output(self, y: torch.Tensor) -> torch.Tensor:
+        """Round `y` to the grid of the layer's output, if it has one."""
+        if not self.rounds_output:
+            return y
+        return fake_quantize(y, self.output_scale, self.output_zero_point, self.activation_bits)
 
     def check(self, name: str):
         """Raise `ValueError` naming the tensor if a loaded codebook, scale or input range can't be right."""
@@ -193,15 +277,16 @@ class ClusterLayer(nn.Module):
                 raise ValueError(f"{name}.{tensor} has NaN or infinite entries; {fix}")
         if (codebook[:, 1:] < codebook[:, :-1]).any():
             raise ValueError(f"{name}.weight_codebook is not ascending; {fix}")
-        if self.activation_bits is None:
-            return
-        if not 0 < self.input_scale.item() < math.inf:
-            raise ValueError(f"{name}.input_scale is {self.input_scale.item()}, not positive and finite; {fix}")
-        if self.input_zero_point.item() >= 2**self.activation_bits:
-            raise ValueError(
-                f"{name}.input_zero_point is {self.input_zero_point.item()}, and {self.activation_bits} bits end at "
-                f"{2**self.activation_bits - 1}; {fix}"
-            )
+        ends = ["input"] * (self.activation_bits is not None) + ["output"] * self.rounds_output
+        for end in ends:
+            scale, zero_point = (self._buffers[f"{end}_{kind}"].item() for kind in ("scale", "zero_point"))
+            if not 0 < scale < math.inf:
+                raise ValueError(f"{name}.{end}_scale is {scale}, not positive and finite; {fix}")
+            if zero_point >= 2**self.activation_bits:
+                raise ValueError(
+                    f"{name}.{end}_zero_point is {zero_point}, and {self.activation_bits} bits end at "
+                    f"{2**self.activation_bits - 1}; {fix}"
+                )
 
     def float_layer(self) -> nn.Module:
         """Return a float layer of the same shape, without memory."""
@@ -211,6 +296,7 @@ class ClusterLayer(nn.Module):
         scale = ", channel_scale" if self.weight_scale is not None else ""
         dtype = str(self.weight_codebook.dtype).removeprefix("torch.")
         activation = f", activation_bits={self.activation_bits}" if self.activation_bits is not None else ""
+        activation += ", rounds_output" if self.rounds_output else ""
         return (
             f"weight={list(self.weight_shape)}, bits={self.bits}, codebooks={self.num_codebooks} x {dtype}{scale}"
             f"{activation}"
@@ -233,13 +319,11 @@ class ClusterConv(ClusterLayer):
         self.padding, self.padding_mode = layer.padding, layer.padding_mode
         self.pads = layer._reversed_padding_repeated_twice  # for each side, the last dimension first, as F.pad takes it
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in PyTorch
-        weight = self.weight  # first: see ClusterLayer.weight
-        x = self.quantized_input(input)
-        if self.padding_mode == "zeros":
-            return self.convolve(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        x = F.pad(x, self.pads, self.padding_mode)
-        return self.convolve(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+    def linear_map(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.pads, self.padding_mode), 0
+        return self.convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def float_layer(self) -> nn.Module:
         return self.float_class(
@@ -269,9 +353,8 @@ class ClusterLinear(ClusterLayer):
         super().__init__(layer, *args, **kwargs)
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self.weight  # first: see ClusterLayer.weight
-        return F.linear(self.quantized_input(input), weight, self.bias)
+    def linear_map(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
 
     def float_layer(self) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")

@@ -4,6 +4,8 @@ Quantized are plain `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers: what a subc
 computes with the weight is not known here, so that these stay float, and so do other kinds of layers.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,6 +39,24 @@ def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 def convertible_layers(model: nn.Module, config) -> dict[str, nn.Module]:
     """Return the layers of a fused `model` that `config`, a `ClusterConfig`, converts, by their first names."""
     return {name: layer for name, layer in model.named_modules() if is_plain(layer) and config.converts(name)}
+
+
+@dataclass(frozen=True)
+class LastMap:
+    """The last feature map of a network, which a convolution makes and nothing but a mean or the like follows.
+
+    Attributes:
+        layer: the name of that convolution.
+        rectified: whether a ReLU follows it, so that negative values don't matter.
+    """
+
+    layer: str
+    rectified: bool
+
+
+def last_map_of(model: nn.Module) -> LastMap | None:
+    """Return the last feature map of a `model` that says which one it is (`last_map()`), else `None`."""
+    return model.last_map() if hasattr(model, "last_map") else None
 
 
 def layers_left_float(model: nn.Module) -> dict[str, str]:
@@ -100,6 +120,7 @@ def replace_with_cluster_layers(model: nn.Module, config) -> dict[str, ClusterLa
     under all of them. Layers that shared a weight (tied ones) are independent of each other afterwards.
     """
     found, names = convertible_layers(model, config), all_names(model)
+    last = last_map_of(model) if config.quantize_last_map else None
     layers = {
         name: LAYER_CLASSES[type(layer)](
             layer,
@@ -109,6 +130,7 @@ def replace_with_cluster_layers(model: nn.Module, config) -> dict[str, ClusterLa
             codebook_dtype=CODEBOOK_DTYPES[config.codebook_dtype],
             on_the_fly=config.decode == "on_the_fly",
             activation_bits=config.activation_bits,
+            rounds_output=last is not None and name == last.layer,
         ).train(layer.training)
         for name, layer in found.items()
     }
@@ -186,11 +208,13 @@ def dequantize_layers(model: nn.Module) -> None:
 
 
 __all__ = [
+    "LastMap",
     "all_names",
     "choose_fast_path",
     "convertible_layers",
     "dequantize_layers",
     "is_plain",
+    "last_map_of",
     "layers_left_float",
     "rebuild_structure",
     "replace_with_cluster_layers",

@@ -35,7 +35,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
 
     is_part = False  # of a model, without a stem or configuration of its own
     image_processor_file: ImageProcessorFile | None = None  # of where the model is from; saved along with it
-    _keep_in_fp32_modules_strict = ["weight_fake_quant", "input_fake_quant"]
+    _keep_in_fp32_modules_strict = ["weight_fake_quant", "input_fake_quant", "output_fake_quant"]
 
     def post_init(self):
         super().post_init()
@@ -119,7 +119,8 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
             channel_scale (`bool`, *optional*):
                 Fit a scale for each output channel; by default where it costs next to nothing.
             codebook_dtype (`str`, *optional*):
-                `"float16"` (default), `"float32"`, or `"int8"` for integer engines.
+                `"float16"` (default without `activation_bits`), `"float32"`, or `"int8"` for integer engines (default
+                with them).
             bits_overrides (`dict[str, int]`, *optional*):
                 Other bits for some modules, such as `{"classifier": 8}`.
             modules_to_not_convert (`list[str]`, *optional*):
@@ -131,6 +132,12 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
                 When a loaded model decodes its weights: `"at_load"` (default) or `"on_the_fly"`.
             activation_bits (`int`, *optional*):
                 Bits of every quantized layer's input, 2 to 8; weights only by default.
+            activation_scheme (`str`, *optional*), quantize_last_map (`bool`, *optional*):
+                With `activation_bits`: where zero lies in these integers, anywhere (`"affine"`, default) or in the
+                middle (`"int8_symmetric"`, for TensorRT); and whether the last feature map is rounded, too.
+            reduce_range (`bool`, *optional*):
+                Int8 weights within +-63, with which every CPU computes exactly; by default those of up to 6 bits with
+                `activation_bits`.
 
         After `prepare_qat` call it without arguments: the trained codebooks are kept as they are. Raises `ValueError`
         for a model that is quantized already, bad options, or weights that aren't finite, `TypeError` for an unknown
@@ -174,7 +181,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
             qat_config ([`QATConfig`], *optional*):
                 How codebooks move and training goes over to quantized weights.
             granularity, group_size, channel_scale, codebook_dtype, bits_overrides, modules_to_not_convert, symmetric,
-            range_method, decode, activation_bits (*optional*):
+            range_method, decode, activation_bits, activation_scheme, quantize_last_map, reduce_range (*optional*):
                 The same as in [`~RepVGGPreTrainedModel.quantize`].
 
         Raises `ValueError` for a model that is quantized or prepared already, bad options, or weights that aren't

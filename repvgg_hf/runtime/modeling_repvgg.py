@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cluster_layers import ClusterLayer
 from .configuration_repvgg import RepVGGConfig
+from .layer_swaps import LastMap
 from .modeling_reparameterized import ReparameterizedPreTrainedModel
 from .reparameterization import ReparamConv2d
 from .tensors import channels_last, lay_out
@@ -139,6 +140,7 @@ class RepVGGPreTrainedModel(ReparameterizedPreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RepVGGLayer"]
+    rounds_last_map = False  # whether quantize(activation_bits=) rounds the last feature map, too, by default
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -162,6 +164,13 @@ class RepVGGPreTrainedModel(ReparameterizedPreTrainedModel):
         Each maps one tensor to one tensor.
         """
         return {name: module for name, module in self.named_modules() if isinstance(module, RepVGGLayer)}
+
+    def last_map(self) -> LastMap | None:
+        """Return which convolution makes the last feature map; `None` if its output is gated before it is one."""
+        name, layer = [item for item in self.named_modules() if isinstance(item[1], RepVGGLayer)][-1]
+        if not isinstance(layer.attention, nn.Identity):
+            return None
+        return LastMap(f"{name}.conv", rectified=isinstance(layer.activation, nn.ReLU))
 
     def _require_whole_model(self, method: str) -> None:
         if isinstance(self, RepVGGEncoder):
@@ -238,6 +247,7 @@ class RepVGGForImageClassification(RepVGGPreTrainedModel):
     labels) there is a `loss`.
     """
 
+    rounds_last_map = True  # nothing takes it but the mean
     accepts_loss_kwargs = False  # the loss is a mean: Trainer must divide it by the accumulation steps itself
 
     def __init__(self, config: RepVGGConfig):

@@ -17,7 +17,17 @@ _CHOICES = {
     "granularity": ("per_tensor", "per_channel", "per_group"),
     "codebook_dtype": tuple(CODEBOOK_DTYPES),
     "decode": ("at_load", "on_the_fly"),
+    "activation_scheme": ("affine", "int8_symmetric"),
 }
+LARGEST_INT8 = 127
+# CPUs without VNNI instructions add the products of two uint8 inputs and int8 weights in 16 bits: up to 64 they fit,
+# and 63 is as far as codebooks that are as long to both sides of zero have it (ONNX Runtime's reduce_range).
+LARGEST_REDUCED = 63
+REDUCED_BITS = 6  # of the codes of layers that are reduced by default: for them 127 integers are nearly as good as 255
+# fields that the first files of this format don't have, and what is meant there
+_BEFORE = {
+    "fused_structure": None, "reduce_range": None, "activation_scheme": "affine", "quantize_last_map": None,
+}  # fmt: skip
 _METHOD_OPTIONS = {option: method.name for method in METHODS.values() for option in method.options}
 
 
@@ -27,13 +37,16 @@ class ClusterOptions(TypedDict, total=False):
     granularity: str
     group_size: int | None
     channel_scale: bool | None
-    codebook_dtype: str
+    codebook_dtype: str | None
+    reduce_range: bool | None
     bits_overrides: dict[str, int] | None
     modules_to_not_convert: list[str] | None
     symmetric: bool | None
     range_method: str | None
     decode: str
     activation_bits: int | None
+    activation_scheme: str | None
+    quantize_last_map: bool | None
 
 
 @dataclass(repr=False)
@@ -55,9 +68,19 @@ class QuantizationOptions:
         default=None,
         metadata={"help": "Fit a scale for each output channel; by default where it costs next to nothing."},
     )
-    codebook_dtype: str = field(
-        default="float16",
-        metadata={"help": "How codebooks are stored: float16, float32 or int8 (for integer engines)."},
+    codebook_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How codebooks are stored: float16 (default), float32, or int8 for integer engines (default with "
+            "--activation_bits)."
+        },
+    )
+    reduce_range: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Int8 weights within +-63, which CPUs without VNNI compute with exactly; by default those of up to "
+            "6 bits with --activation_bits."
+        },
     )
     bits_overrides: dict[str, int] | str | None = field(
         default=None, metadata={"help": "Other bits for some modules, as JSON, such as '{\"classifier\": 8}'."}
@@ -80,6 +103,17 @@ class QuantizationOptions:
     activation_bits: int | None = field(
         default=None, metadata={"help": "Bits of every quantized layer's input, 2 to 8; none for weights only."}
     )
+    activation_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --activation_bits: zero is any of the integers, affine (default), or the middle one, "
+            "int8_symmetric (for TensorRT)."
+        },
+    )
+    quantize_last_map: bool | None = field(
+        default=None,
+        metadata={"help": "With --activation_bits: round the last feature map of a classifier, too (default)."},
+    )
 
     def __post_init__(self):
         if isinstance(self.bits_overrides, str):
@@ -90,9 +124,11 @@ class QuantizationOptions:
         if not isinstance(kept, list | tuple | None) or not all(isinstance(name, str) for name in kept or []):
             raise ValueError(f"modules_to_not_convert must be a list of names of modules, got {kept!r:.80}.")
         self.bits_overrides, self.modules_to_not_convert = dict(self.bits_overrides or {}), list(kept or [])
+        self._resolve_defaults()
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if value not in choices and (value is not None or name != "activation_scheme"):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
         self._resolve_method_options()
         self._validate()
 
@@ -100,6 +136,15 @@ class QuantizationOptions:
     def quantization_method(self) -> QuantizationMethod:
         """The object that chooses the codebooks."""
         return METHODS[self.method]
+
+    def _resolve_defaults(self) -> None:
+        """Set what depends on whether activations are quantized: integer engines then want integers throughout."""
+        if self.codebook_dtype is None:
+            # options that integers can't have, and that were chosen, come first
+            floats = self.activation_bits is None or self.channel_scale is False or self.symmetric is False
+            self.codebook_dtype = "float16" if floats else "int8"
+        if self.activation_scheme is None and self.activation_bits is not None:
+            self.activation_scheme = "affine"
 
     def _resolve_method_options(self) -> None:
         """Give options that depend on the method their defaults, and refuse those of another one."""
@@ -136,7 +181,35 @@ class QuantizationOptions:
             raise ValueError(f"group_size must be a positive integer, got {self.group_size!r}.")
         if self.codebook_dtype == "int8" and not self.channel_scale:
             raise ValueError("codebook_dtype='int8' holds integers only: set channel_scale=True to give them a scale.")
+        self._validate_integers()
         self.quantization_method.validate(self)
+
+    def _validate_integers(self) -> None:
+        """Raise `ValueError` for options of integers that are no bool, or that nothing here is an integer for."""
+        for name in ("reduce_range", "quantize_last_map"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} must be True, False or None (the default), got {getattr(self, name)!r}.")
+        if self.reduce_range and self.codebook_dtype != "int8":
+            raise ValueError(
+                f"reduce_range=True is for integers, and codebook_dtype is {self.codebook_dtype!r}: set it to 'int8', "
+                "or leave reduce_range out."
+            )
+        for name in ("activation_scheme", "quantize_last_map"):
+            if getattr(self, name) and self.activation_bits is None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for quantized activations, and activation_bits is None: set "
+                    f"that to 8, say, or leave {name} out."
+                )
+
+    def largest_integer(self, bits: int) -> int:
+        """Return the largest magnitude of the int8 codebook entries of a layer with codes of `bits` bits.
+
+        (The usual integer grid of 8 bits, which is not reduced, has -128, too.)
+        """
+        reduced = self.reduce_range
+        if reduced is None:
+            reduced = self.activation_bits is not None and bits <= REDUCED_BITS
+        return LARGEST_REDUCED if reduced else LARGEST_INT8
 
 
 @suggest_options
@@ -158,7 +231,11 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
             granularity: on for clusters per tensor, where it costs 0.01 to 0.04 bits per weight, for symmetric uniform
             grids per channel, which are one table of integers times that scale, and for an int8 codebook.
         codebook_dtype: `"float16"`, `"float32"` or `"int8"`. With `"int8"` (needs `channel_scale`) the decoded weight
-            is an int8 weight with a symmetric scale per channel, as integer engines use it.
+            is an int8 weight with a symmetric scale per channel, as integer engines use it. `None` takes int8 with
+            `activation_bits`, unless `channel_scale=False` or `symmetric=False` rules it out, and float16 without.
+        reduce_range: keep the entries of int8 codebooks within +-63 instead of +-127. CPUs without VNNI instructions
+            add products of activations and weights in 16 bits, which larger ones overflow: with this every CPU computes
+            the same. `None`: with `activation_bits` for layers of up to 6 bits, where it costs next to nothing.
         bits_overrides: other bits for some layers, such as `{"classifier": 8, "embeddings": 8}`. A key is a module's
             name or a parent's, in which the first component (the base model's) may be left out; the longest matching
             key wins. JSON text is accepted too.
@@ -170,7 +247,15 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
         decode: `"at_load"` decodes each weight once, when it is first used, and keeps the codes beside it;
             `"on_the_fly"` keeps only the codes and decodes in every forward pass.
         activation_bits: 2 to 8 also rounds the input of every converted layer, to integers with a fixed scale and
-            zero point for the whole tensor, which `quantize()` finds on `calibration` data. `None`: weights only.
+            zero point for the whole tensor, which `quantize()` finds on `calibration` data. `None`: weights only. With
+            an int8 codebook biases are then rounded to multiples of the input's scale times the weight's, so that a
+            layer computes with integers alone.
+        activation_scheme: with `activation_bits`: `"affine"` (the default) puts the zero point where the range of the
+            values wants it; `"int8_symmetric"` at `2**(activation_bits - 1)`, which is zero in signed integers, as
+            TensorRT asks for, and costs a bit after a ReLU.
+        quantize_last_map: with `activation_bits`: round the last feature map as well, which no quantized layer takes as
+            it is, so that engines compute the last convolution in integers, too. `None`: in RepVGG classifiers without
+            squeeze-excitation; no other model has it.
         format_version: of the tensors on disk; this version of the package reads and writes 1.
         fused_structure: what `repvgg_hf.fuse` has put into the model, an entry `{"name": ..., "kind": ..., ...}` for
             each module, so that loading rebuilds it before the weights come. `None` if it is as its class makes it.
@@ -212,10 +297,11 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict:
-        """Return the fields as JSON values, `fused_structure` only if there is one."""
+        """Return the fields as JSON values, those that came later only if they are not what there was before."""
         values = super().to_dict()
-        if values["fused_structure"] is None:
-            del values["fused_structure"]
+        for name, before in _BEFORE.items():
+            if values[name] in (None, before):
+                del values[name]
         return values
 
     def bits_of(self, name: str) -> int:

@@ -13,8 +13,8 @@ SOURCES = sorted(path for folder in ("repvgg_hf", "recipes") for path in (ROOT /
 OLDEST_PYTHON = (3, 10)
 # import name of each core dependency
 CORE = {"huggingface_hub", "numpy", "PIL", "safetensors", "torch", "transformers", "typing_extensions"}
-# rooms for whom the core is enough; hub draws plots and training shows progress with the extras
-CORE_ROOMS = ("runtime", "networks", "compression")
+# rooms for whom the core is enough to be imported; hub draws plots and training shows progress with the extras
+CORE_ROOMS = ("runtime", "networks", "compression", "interop")
 
 
 def relative_names(paths):

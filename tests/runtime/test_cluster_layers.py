@@ -303,3 +303,29 @@ class TestActivations:
         quantized, _ = random_layer(LINEAR)
         with pytest.raises(ValueError, match="input is not quantized: set activation_bits"):
             quantized.set_input_range(1.0)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+    @LAYERS
+    def test_a_layer_rounds_its_output(self, layer, dtype):
+        plain, _ = random_layer(layer, activation_bits=4)
+        quantized, _ = random_layer(layer, activation_bits=4, rounds_output=True)
+        for some in (plain, quantized):
+            some.to(dtype).set_input_range(0.2, 5)
+        assert quantized.state_dict().keys() - plain.state_dict().keys() == {"output_scale", "output_zero_point"}
+        assert quantized(inputs(layer, dtype)).isnan().all()
+        with pytest.raises(ValueError, match="^head.output_scale is nan, not positive"):
+            quantized.check("head")
+        quantized.set_output_range(0.7, 9)
+        quantized.check("head")
+        y = plain(inputs(layer, dtype)).detach()
+        rounded = torch.from_numpy(onnx_rounding(y.float().numpy(), 0.7, 9, 4)).to(dtype)
+        assert 8 < len(rounded.unique()) <= 16 and not torch.equal(rounded, y)
+        assert torch.equal(quantized(inputs(layer, dtype)), rounded)
+        quantized.output_zero_point.fill_(16)
+        with pytest.raises(ValueError, match="^head.output_zero_point is 16, and 4 bits end at 15"):
+            quantized.check("head")
+
+    def test_a_layer_that_leaves_its_output_has_no_range_of_it(self):
+        quantized, _ = random_layer(LINEAR, activation_bits=4)
+        with pytest.raises(ValueError, match="output is not quantized: set quantize_last_map"):
+            quantized.set_output_range(1.0)

@@ -37,6 +37,28 @@ class TestConfig:
         if codebook_dtype != "int8":
             assert ClusterConfig(**options, channel_scale=not expected).channel_scale is not expected
 
+    @pytest.mark.parametrize("method", ["cluster", "uniform"])
+    @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+    def test_quantized_activations_come_with_integers(self, granularity, method):
+        options = {"method": method, "granularity": granularity, "activation_bits": 8}
+        config = ClusterConfig(**options)
+        assert (config.codebook_dtype, config.channel_scale, config.activation_scheme) == ("int8", True, "affine")
+        assert ClusterConfig(**options, codebook_dtype="float16").codebook_dtype == "float16"
+        without = ClusterConfig(**options, channel_scale=False)
+        assert (without.codebook_dtype, without.channel_scale) == ("float16", False)
+
+    def test_grids_with_an_offset_are_no_integers(self):
+        config = ClusterConfig(method="uniform", symmetric=False, activation_bits=8)
+        assert (config.codebook_dtype, config.channel_scale) == ("float16", False)
+
+    def test_fields_that_came_later_are_stored_where_they_say_something(self):
+        later = {"reduce_range", "activation_scheme", "quantize_last_map"}
+        for config in (ClusterConfig(), ClusterConfig(activation_bits=8)):
+            assert later.isdisjoint(config.to_dict())
+        options = {"reduce_range": False, "activation_scheme": "int8_symmetric", "quantize_last_map": False}
+        stored = ClusterConfig(activation_bits=8, **options).to_dict()
+        assert stored.items() >= options.items() and ClusterConfig.from_dict(stored).to_dict() == stored
+
     def test_json_and_back(self):
         options = {"granularity": "per_group", "group_size": 4, "bits_overrides": {"classifier": 8}, "bits": 3}
         options["activation_bits"] = 6
@@ -72,6 +94,10 @@ class TestConfig:
             ({"activation_bits": 9}, "^activation_bits must be None .*, got 9"),
             ({"activation_bits": 8.0}, "^activation_bits must be None .*, got 8.0"),
             ({"activation_bits": True}, "^activation_bits must be None .*, got True"),
+            ({"activation_bits": 8, "activation_scheme": "int8"}, "^activation_scheme must be one of affine, int8"),
+            ({"activation_scheme": "affine"}, "^activation_scheme='affine' is for quantized activations, .* is None"),
+            ({"activation_bits": 8, "quantize_last_map": 1}, "^quantize_last_map must be True, False or None"),
+            ({"codebook_dtype": "int8", "reduce_range": "yes"}, "^reduce_range must be True, False or None .*yes"),
             ({"quant_method": "gptq"}, "^quant_method must be 'cluster', got 'gptq'"),
             ({"format_version": 2}, "format_version 2, this version of repvgg_hf reads 1: upgrade with"),
             ({"format_version": None}, "format_version None, this version"),

@@ -9,12 +9,12 @@ import functools
 
 import torch
 
+from ...runtime.quantization_cluster import LARGEST_INT8
 from .codes import TINY
 from .grids import best_integers
 from .kmeans import candidate_cuts, kmeans_1d
 from .sorted_groups import SortedGroups
 
-INT8_MAX = 127
 POINTS, POINTS_PER_CHANNEL = 2**16, 48  # what stands for a group's weights where its codebook is made, at least
 NORMS = (2, 8)  # powers whose means the scales start from: the typical magnitude, and nearly the largest
 COARSE = tuple(4.0 ** (i / 12) for i in range(-12, 13))  # factors that a scale is searched among,
@@ -33,6 +33,7 @@ def fit_channel_scale(
     groups: int,
     dtype: torch.dtype,
     importance: torch.Tensor | None = None,
+    largest: int = LARGEST_INT8,
 ) -> CodebookAndScale:
     """Fit codebooks and channel scales together for a small squared error of the weights.
 
@@ -41,12 +42,13 @@ def fit_channel_scale(
         k: entries of a codebook.
         groups: number of codebooks; each is for `out / groups` consecutive channels.
         dtype: the one that will store the codebook, whose entries are numbers of it, optimized as such: up to about 1,
-            or integers from -127 to 127 for int8 (`k` at most 255 then).
+            or integers for int8.
         importance: `[out, n]`, of each weight, not negative; `None` for equal ones.
+        largest: magnitude of the integers of an int8 codebook (`k` at most `2 * largest` then).
 
     Returns ascending codebooks `[groups, k]` and positive scales `[out]`, both float32.
     """
-    channels = ScaledChannels(rows, k, groups, importance)
+    channels = ScaledChannels(rows, k, groups, importance, largest)
     if groups == len(rows):  # a channel alone: its scale changes nothing
         codebook = kmeans_1d(rows, k, importance)
         scale = torch.ones_like(codebook[:, 0])
@@ -66,10 +68,18 @@ class ScaledChannels:
     The arguments are those of [`fit_channel_scale`].
     """
 
-    def __init__(self, rows: torch.Tensor, k: int, groups: int, importance: torch.Tensor | None = None):
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        k: int,
+        groups: int,
+        importance: torch.Tensor | None = None,
+        largest: int = LARGEST_INT8,
+    ):
         self.channels = SortedGroups(rows, importance)
         self.groups, self.k = groups, k
-        self.lowest_integer = -INT8_MAX if rows.min() < 0 else 0
+        self.largest_integer = largest
+        self.lowest_integer = -largest if rows.min() < 0 else 0
         count = max(POINTS_PER_CHANNEL, POINTS * groups // len(rows))
         mass, first = self.channels.moments(candidate_cuts(self.channels, count))
         self.points = first / mass.clamp_min(1e-300) + self.channels.center  # float64 [out, points]
@@ -94,14 +104,14 @@ class ScaledChannels:
 
     def fit_integers(self, codebook: torch.Tensor, scale: torch.Tensor) -> CodebookAndScale:
         """Find integers for a `codebook` of entries up to 1, and the scale for them."""
-        found = []
+        found, largest = [], self.largest_integer
         for share in SHARES:
-            rounded = (codebook * (INT8_MAX / share)).round().clamp(-INT8_MAX, INT8_MAX)
-            found.append((rounded, self.search_scale(rounded, scale * (share / INT8_MAX), FINE)))
+            rounded = (codebook * (largest / share)).round().clamp(-largest, largest)
+            found.append((rounded, self.search_scale(rounded, scale * (share / largest), FINE)))
         best = functools.reduce(self.better, found)
         starts = [best[1]]
         if self.k >= MANY_ENTRIES:  # nearly every integer has a code: the scale for all of them
-            every = torch.arange(self.lowest_integer, INT8_MAX + 1, dtype=scale.dtype, device=scale.device)
+            every = torch.arange(self.lowest_integer, largest + 1, dtype=scale.dtype, device=scale.device)
             every = every.expand(self.groups, -1)
             starts.append(self.search_scale(every, self.search_scale(every, best[1], COARSE), FINE))
         for scale in starts:
@@ -132,7 +142,8 @@ class ScaledChannels:
 
     def best_integers(self, scale: torch.Tensor) -> torch.Tensor:
         """Find the integers `[groups, k]` with the least error for a given scale `[out]`."""
-        borders = torch.arange(2 * self.lowest_integer, 2 * INT8_MAX + 1, dtype=scale.dtype, device=scale.device) / 2
+        ends = 2 * self.lowest_integer, 2 * self.largest_integer + 1
+        borders = torch.arange(*ends, dtype=scale.dtype, device=scale.device) / 2
         cuts = torch.searchsorted(self.channels.values, borders * scale[:, None], right=True)
         mass, first = (self.sum_groups(part) for part in self.entry_moments(self.channels.closed(cuts), scale))
         return best_integers(mass, first, self.lowest_integer, self.k)

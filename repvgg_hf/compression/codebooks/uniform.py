@@ -6,7 +6,7 @@ least squared error ("mse"). It is *affine* if it has an offset; without one, ze
 
 import torch
 
-from ...runtime.quantization_cluster import ClusterConfig
+from ...runtime.quantization_cluster import LARGEST_INT8, ClusterConfig
 from .codes import TINY
 from .sorted_groups import SortedGroups
 
@@ -47,7 +47,7 @@ def fit_uniform(
     affine = not config.symmetric
     integers = torch.arange(k, dtype=torch.float32, device=rows.device)
     if not affine:
-        integers = symmetric_integers(k, rows.device)
+        integers = symmetric_integers(k, rows.device, largest_of(config, k))
     sets = len(rows) if config.channel_scale else groups
     values = rows.reshape(sets, -1)
     if config.range_method == "mse":
@@ -60,11 +60,25 @@ def fit_uniform(
     return offset[:, None] + step[:, None] * integers, None
 
 
-def symmetric_integers(k: int, device: torch.device | None = None) -> torch.Tensor:
-    """Return the integers of a symmetric codebook, `-k/2 .. k/2 - 1`, but -1 and 1 for `k = 2`; float32 `[k]`."""
+def largest_of(config: ClusterConfig, k: int) -> int | None:
+    """Return the largest magnitude of the integers of a codebook with `k` entries; `None` if they end where `k` does.
+
+    They are stored as such only in an int8 codebook.
+    """
+    bits = k.bit_length() - 1
+    largest = config.largest_integer(bits)
+    return largest if config.codebook_dtype == "int8" and largest < LARGEST_INT8 else None
+
+
+def symmetric_integers(k: int, device: torch.device | None = None, largest: int | None = None) -> torch.Tensor:
+    """Return the integers of a symmetric codebook, `-k/2 .. k/2 - 1`, but -1 and 1 for `k = 2`; float32 `[k]`.
+
+    With a `largest` magnitude what is beyond is that: the entry comes several times, and its codes but one are unused.
+    """
     if k == 2:
         return torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
-    return torch.arange(-(k // 2), k // 2, dtype=torch.float32, device=device)
+    integers = torch.arange(-(k // 2), k // 2, dtype=torch.float32, device=device)
+    return integers if largest is None else integers.clamp(-largest, largest)
 
 
 def whole_range(values: torch.Tensor, integers: torch.Tensor, affine: bool) -> Range:

@@ -4,6 +4,7 @@ A range is a scale and a zero point: the integers q from 0 to `2**bits - 1` stan
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -65,13 +66,14 @@ class RangeObserver:
             self.counts = torch.zeros(last - first + 1, dtype=torch.int64).index_add_(0, moved - first, self.counts)
             self.exponent, self.first = exponent, first
 
-    def quantization(self, bits: int, method: str = "mse") -> tuple[float, int]:
+    def quantization(self, bits: int, method: str = "mse", symmetric: bool = False) -> tuple[float, int]:
         """Return the `(scale, zero_point)` for integers of `bits` bits, 2 to 8; the scale is a normal float32 number.
 
         `method` chooses the range: from the minimum to the maximum (`"minmax"`), or the one with the least squared
         error of the rounded values (`"mse"`). The range includes zero, and begins with it (zero point 0) if no value
-        was negative. If all values were zero the scale is `1 / (2**bits - 1)`. Raises `ValueError` if nothing was
-        observed or an argument is unknown.
+        was negative; with `symmetric` the zero point is the middle, `2**(bits - 1)`, whatever the values are. If all
+        were zero the scale is `1 / (2**bits - 1)`. Raises `ValueError` if nothing was observed or an argument is
+        unknown.
         """
         if type(bits) is not int or not 2 <= bits <= 8:
             raise ValueError(f"bits must be an integer from 2 to 8, got {bits!r}.")
@@ -80,15 +82,19 @@ class RangeObserver:
         if self.min > self.max:
             raise ValueError("No values were observed: call update() with a layer's inputs first.")
         if self.min == self.max == 0:
-            return torch.tensor(1 / (2**bits - 1), dtype=torch.float32).item(), 0
+            return torch.tensor(1 / (2**bits - 1), dtype=torch.float32).item(), 2 ** (bits - 1) if symmetric else 0
+        ends = _symmetric if symmetric else _affine
         if method == "minmax":
-            scale, zero_point = _affine(*torch.tensor([self.min, self.max], dtype=torch.float64), bits)
+            scale, zero_point = ends(*torch.tensor([self.min, self.max], dtype=torch.float64), bits)
         else:
-            scale, zero_point = self._least_squared_error(bits)
+            scale, zero_point = self._least_squared_error(bits, ends)
         return scale.item(), int(zero_point.item())
 
-    def _least_squared_error(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Search the range of least squared error among those whose ends are fractions of the minimum and maximum."""
+    def _least_squared_error(self, bits: int, ends: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search the range of least squared error among those whose ends are fractions of the minimum and maximum.
+
+        `ends` makes scale and zero point of them: [`_affine`] or [`_symmetric`].
+        """
         occupied = self.counts > 0
         centers = ((self.first + torch.arange(len(self.counts)))[occupied].float() + 0.5).double() * 2.0**self.exponent
         counts = self.counts[occupied].double()
@@ -100,7 +106,7 @@ class RangeObserver:
             lows = low * fractions.clamp_max(self.min / low) if low < 0 else low[None]
             highs = high * fractions.clamp_max(self.max / high) if high > 0 else high[None]
             lows, highs = lows.repeat_interleave(len(highs)), highs.repeat(len(lows))
-            scale, zero_point = _affine(lows, highs, bits)
+            scale, zero_point = ends(lows, highs, bits)
             pieces = zip(scale[:, None].split(CANDIDATES_AT_ONCE), zero_point[:, None].split(CANDIDATES_AT_ONCE))
             best = torch.cat([_squared_error(centers, counts, *piece, 2**bits - 1) for piece in pieces]).argmin()
             low, high = lows[best], highs[best]
@@ -115,6 +121,13 @@ def _affine(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Ten
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / (2**bits - 1)).float().clamp_min(torch.finfo(torch.float32).tiny).double()
     return scale, (-low / scale).round()
+
+
+def _symmetric(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same for ranges whose zero point is the middle, and that take in `low` and `high`."""
+    middle = 2 ** (bits - 1)
+    scale = torch.maximum(-low / middle, high / (middle - 1)).float().clamp_min(torch.finfo(torch.float32).tiny)
+    return scale.double(), torch.full_like(low, middle)
 
 
 def _squared_error(centers, counts, scale, zero_point, highest) -> torch.Tensor:

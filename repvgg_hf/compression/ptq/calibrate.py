@@ -5,16 +5,18 @@ examples, instead of for the weights alone.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from ...runtime.cluster_layers import fake_quantize
-from ...runtime.layer_swaps import convertible_layers
+from ...runtime.layer_swaps import LastMap, convertible_layers
 from ...runtime.logs import get_logger
 from ...runtime.quantization_cluster import ClusterConfig
+from ..codebooks.bias import settle_bias
 from ..layers import QuantizedLayer, quantize_layer, require_finite
 from .activation_ranges import RangeObserver
 from .activation_store import ActivationStore
@@ -24,6 +26,8 @@ from .data import CalibrationData
 from .gptq import compensated_weight
 from .graph import LayerRun, record_run
 from .graph_statistics import statistics_in_order
+from .hooks import every_layer_runs
+from .input_ranges import chosen_range, observe_last_map
 from .mixed_precision import choose_bits, measure_block_costs, measure_costs
 from .outputs import require_finite_outputs
 from .sensitivity import diagonal_fisher
@@ -34,12 +38,17 @@ logger = get_logger(__name__)
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, config: ClusterConfig, data: CalibrationData, options: CalibrationConfig
+    model: nn.Module,
+    config: ClusterConfig,
+    data: CalibrationData,
+    options: CalibrationConfig,
+    last_map: LastMap | None = None,
 ) -> tuple[ClusterConfig, dict[str, QuantizedLayer]]:
     """Quantize a fused float32 `model` in eval mode with calibration data; its own layers are not changed.
 
     A model that is a chain of blocks and says so (`calibration_blocks()`) is gone through block by block; any other
-    network runs again for the layers that come next, and is looked at by hooks.
+    network runs again for the layers that come next, and is looked at by hooks. The `last_map`, if given, is rounded
+    before the layers that follow see it.
 
     Returns `config` with the bits that `target_bits_per_weight` chose, and each quantized layer by name. Raises
     `ValueError` naming the layer if its inputs are all zero, or not finite. A layer that does not run on this data is
@@ -67,8 +76,10 @@ def calibrate(
         source = _statistics_of_blocks(blocks, data, config, options)
     else:
         source = _statistics_of_graph(model, runs, data, config, options)
-    for name, layer, statistics in source:
+    for name, layer, statistics, run in source:
         found[name] = calibrate_layer(name, layer, layers[name], statistics, fisher.get(name), config, options)
+        if last_map is not None and name == last_map.layer:
+            found[name].output_range = calibrate_output(layer, run, last_map, config, options)
     for name in idle:
         found[name] = QuantizedLayer(quantize_layer(name, layers[name], config))
     return config, found
@@ -111,10 +122,14 @@ def _accept_idle(names: list[str], config: ClusterConfig) -> None:
     )
 
 
+# the layer's name, the layer of the quantized network, the statistics of its inputs, and what runs it on all data
+ToCalibrate = tuple[str, nn.Module, InputStatistics, Callable[[], None]]
+
+
 def _statistics_of_blocks(
     float_blocks: dict[str, nn.Module], data: CalibrationData, config: ClusterConfig, options: CalibrationConfig
-) -> Iterator[tuple[str, nn.Module, InputStatistics]]:
-    """Yield (name, layer of the quantized network, statistics of its inputs), going through a chain of blocks."""
+) -> Iterator[ToCalibrate]:
+    """Yield the layers to calibrate, going through a chain of blocks."""
     blocks = copy.deepcopy(float_blocks)
     limit = options.activation_memory * 2**30 / 2
     inputs, float_inputs = ActivationStore(data.images, limit), ActivationStore(data.images, limit)
@@ -127,9 +142,14 @@ def _statistics_of_blocks(
                 statistics = InputStatistics.collect(
                     block, layer, inputs, float_block, float_layer, float_inputs, observer
                 )
-                yield name, layer, statistics
+                yield name, layer, statistics, partial(_run_block, block, inputs)
         for index in range(len(inputs)):  # in place: the activations of two blocks don't fit beside each other
             inputs[index], float_inputs[index] = block(inputs[index]), float_block(float_inputs[index])
+
+
+def _run_block(block: nn.Module, inputs: ActivationStore) -> None:
+    for x in inputs:
+        block(x)
 
 
 def _statistics_of_graph(
@@ -138,12 +158,18 @@ def _statistics_of_graph(
     data: CalibrationData,
     config: ClusterConfig,
     options: CalibrationConfig,
-) -> Iterator[tuple[str, nn.Module, InputStatistics]]:
-    """Yield (name, layer of the quantized network, statistics of its inputs) for any network."""
+) -> Iterator[ToCalibrate]:
+    """Yield the layers to calibrate of any network."""
     quantized = copy.deepcopy(model)
+
+    def run():
+        with every_layer_runs():
+            for batch in data.batches:
+                batch.run(quantized)
+
     observe = config.activation_bits is not None
     for name, statistics in statistics_in_order(model, quantized, runs, data, options, observe):
-        yield name, quantized.get_submodule(name), statistics
+        yield name, quantized.get_submodule(name), statistics, run
 
 
 def calibrate_layer(
@@ -170,27 +196,60 @@ def calibrate_layer(
                 "modules_to_not_convert, or set error_compensation=False."
             )
         quantized = compensated_weight(weight, quantized, statistics.moments, config, options.damping)
+    bias = layer.bias
+    if options.bias_correction:
+        # Quantized weights vary less, most of all with few bits. With the mean kept, too, few values would pass a ReLU
+        # that passes few of the float model's, fewer with each layer: a network of 12 layers put out nothing any more.
+        quantized = quantized.times(statistics.spread_ratio(weight, quantized.decoded()))
+    if options.bias_correction and bias is not None:
+        bias = bias + statistics.mean_error(weight, quantized.decoded())
+    input_range = None
+    if config.activation_bits is not None:
+        input_range = chosen_range(statistics.observer, config, options)
+        quantized, bias = settle_bias(quantized, bias, input_range[0])
+        quantize_input(layer, *input_range, config.activation_bits)
     decoded = quantized.decoded()
     # new parameters: the old ones may be those of another layer, too, whose turn has not come
     kept = decoded.contiguous(memory_format=torch.channels_last) if decoded.dim() == 4 else decoded
     layer.weight = nn.Parameter(kept, requires_grad=False)
-    if options.bias_correction and layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias + statistics.mean_error(weight, decoded), requires_grad=False)
-    input_range = None
-    if config.activation_bits is not None:
-        input_range = statistics.observer.quantization(config.activation_bits, options.activation_range)
-        quantize_input(layer, *input_range, config.activation_bits)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return QuantizedLayer(quantized, layer.bias, input_range)
+
+
+def calibrate_output(
+    layer: nn.Module, run: Callable[[], None], last_map: LastMap, config: ClusterConfig, options: CalibrationConfig
+) -> tuple[float, int]:
+    """Find the range of what the quantized `layer` puts out while all data `run`, and make it round to that."""
+    observer = RangeObserver()
+    hook = observe_last_map(observer, layer, last_map)
+    run()
+    hook.remove()
+    output_range = chosen_range(observer, config, options)
+    quantize_output(layer, *output_range, config.activation_bits)
+    return output_range
 
 
 def quantize_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
     """Make `layer` compute with its input rounded to `bits`, as a `ClusterLayer` will."""
-    device = layer.weight.device
-    scale = torch.tensor(scale, dtype=torch.float32, device=device)
-    zero_point = torch.tensor(zero_point, dtype=torch.uint8, device=device)
+    rounding = _rounding(layer, scale, zero_point, bits)
 
     def rounded(module, args, kwargs):
         args = args or tuple(kwargs.values())
-        return (fake_quantize(args[0], scale, zero_point, bits),), {}
+        return (rounding(args[0]),), {}
 
     layer.register_forward_pre_hook(rounded, with_kwargs=True)
+
+
+def quantize_output(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
+    """Make `layer` round its output likewise."""
+    rounding = _rounding(layer, scale, zero_point, bits)
+    layer.register_forward_hook(lambda module, args, output: rounding(output))
+
+
+def _rounding(layer: nn.Module, scale: float, zero_point: int, bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the rounding to integers of `bits`, with scale and zero point where `layer` is."""
+    device = layer.weight.device
+    scale = torch.tensor(scale, dtype=torch.float32, device=device)
+    zero_point = torch.tensor(zero_point, dtype=torch.uint8, device=device)
+    return lambda x: fake_quantize(x, scale, zero_point, bits)

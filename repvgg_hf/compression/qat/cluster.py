@@ -49,6 +49,7 @@ class ClusterFakeQuantize(FakeQuantize):
         super().__init__(config, qat_config)
         self.momentum, self.update_every = qat_config.codebook_momentum, qat_config.codebook_update_every
         self.weights = weight.codes.numel()
+        self.largest = config.largest_integer(weight.codebook.shape[1].bit_length() - 1)  # of int8 entries
         self._prepared = None  # what prepared() returned last
         self.register_buffer("codebook", weight.codebook.float().clone())
         self.register_buffer("scale", None if weight.scale is None else weight.scale.clone())
@@ -57,7 +58,7 @@ class ClusterFakeQuantize(FakeQuantize):
     def stored(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         codebook = self.codebook
         if self.codebook_dtype == torch.int8:
-            codebook = codebook.round().clamp(-127, 127)
+            codebook = codebook.round().clamp(-self.largest, self.largest)
         return codebook.to(self.codebook_dtype), self.scale
 
     @torch.no_grad()

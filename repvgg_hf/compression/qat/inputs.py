@@ -1,4 +1,4 @@
-"""Computing with a layer's quantized input while the model trains: the scale of its range is learned."""
+"""Computing with a layer's quantized input, or output, while the model trains: the scale of its range is learned."""
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class _QuantizeInput(torch.autograd.Function):
 
 
 class InputFakeQuantize(nn.Module):
-    """Rounds a layer's input to integers of a few bits, in a range whose scale is learned by gradient (LSQ).
+    """Rounds a layer's input, or output, to integers of a few bits, in a range whose scale is learned (LSQ).
 
     Args:
         bits: bits of an integer, 2 to 8.

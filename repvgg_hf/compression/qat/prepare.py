@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...runtime.layer_swaps import choose_fast_path
+from ...runtime.layer_swaps import choose_fast_path, last_map_of
 from ...runtime.new_layers import NewLayer, is_outside_base, warn_of_new_layers
 from ...runtime.quantization_cluster import ClusterConfig
 from ...runtime.reparameterization import ReparamConv2d
@@ -35,10 +35,17 @@ def trained_input_ranges(model: nn.Module) -> dict[str, tuple[float, int]]:
     return {name: layer.input_fake_quant.range() for name, layer in layers if layer.input_fake_quant is not None}
 
 
+def trained_output_ranges(model: nn.Module) -> dict[str, tuple[float, int]]:
+    """(scale, zero point) of the quantized outputs of a model, by the name of the layer that makes them."""
+    layers = qat_layers(model).items()
+    return {name: layer.output_fake_quant.range() for name, layer in layers if layer.output_fake_quant is not None}
+
+
 def add_quantizers(
     model: nn.Module,
     weights: dict[str, QuantizedWeight],
     input_ranges: dict[str, tuple[float, int]],
+    output_ranges: dict[str, tuple[float, int]],
     config: ClusterConfig,
     qat_config: QATConfig,
 ) -> None:
@@ -50,17 +57,21 @@ def add_quantizers(
         weights: the quantized weight that training starts at, by the name of the layer.
         input_ranges: (scale, zero point) at which the range of a layer's input starts, by the name of the layer; for
             all of these layers with `config.activation_bits`, else empty.
+        output_ranges: the same for the layers whose output is rounded, too.
         config: how weights and inputs are quantized.
         qat_config: how they train.
     """
     make = config.quantization_method.fake_quantizer
     quantizers = {name: make(weight, config, qat_config) for name, weight in weights.items()}
-    inputs = {name: InputFakeQuantize(config.activation_bits, *start) for name, start in input_ranges.items()}
+    inputs, outputs = (
+        {name: InputFakeQuantize(config.activation_bits, *start) for name, start in ranges.items()}
+        for ranges in (input_ranges, output_ranges)
+    )
     layers = {name: model.get_submodule(name) for name in quantizers}
     for name, layer in layers.items():
         _require_qat_class(name, layer)
     for name, layer in layers.items():
-        make_qat_layer(layer, quantizers[name], inputs.get(name))
+        make_qat_layer(layer, quantizers[name], inputs.get(name), outputs.get(name))
     choose_fast_path(model, False)
     _remember_settings(model, config, qat_config)
 
@@ -128,8 +139,10 @@ def restore_qat(model, settings: dict) -> None:
     layers = {name: layer for name, layer in _float_layers(model).items() if config.converts(name)}
     with torch.device("meta"):
         weights = {name: _empty_weight(name, kernel_shape(layer), config) for name, layer in layers.items()}
-        ranges = {} if config.activation_bits is None else dict.fromkeys(layers, (1.0, 0))
-        add_quantizers(model, weights, ranges, config, qat_config)
+        inputs = {} if config.activation_bits is None else dict.fromkeys(layers, (1.0, 0))
+        last_map = last_map_of(model) if config.quantize_last_map else None
+        outputs = {} if last_map is None else {last_map.layer: (1.0, 0)}
+        add_quantizers(model, weights, inputs, outputs, config, qat_config)
 
 
 def settle_qat(model, source, missing: Iterable[str], mismatched: Iterable[tuple]) -> None:
@@ -185,10 +198,10 @@ def _prepare_anew(model, name: str) -> None:
     """Give the layer called `name` a fake quantizer for its present weight; that of its input stays."""
     config, qat_config = model.qat_settings
     layer = model.get_submodule(name)
-    kernel, inputs = layer.kernel(), layer.input_fake_quant
+    kernel, inputs, outputs = layer.kernel(), layer.input_fake_quant, layer.output_fake_quant
     weight = quantize_weight(kernel, config.bits_of(name), config.groups_of(name, kernel.shape[0]), config)
     make_float_layer(layer)
-    make_qat_layer(layer, config.quantization_method.fake_quantizer(weight, config, qat_config), inputs)
+    make_qat_layer(layer, config.quantization_method.fake_quantizer(weight, config, qat_config), inputs, outputs)
 
 
 def _parse_settings(settings: dict) -> tuple[ClusterConfig, QATConfig]:

@@ -5,6 +5,7 @@ from torch import nn
 
 from ...runtime.quantization_cluster import ClusterConfig
 from ..codebooks.codes import TINY, decode, from_rows, to_rows
+from ..codebooks.uniform import largest_of
 from ..codebooks.weights import QuantizedWeight
 from .config import QATConfig
 from .fake_quantize import FakeQuantize, power_of_two
@@ -61,7 +62,10 @@ class UniformFakeQuantize(FakeQuantize):
         symmetric = config.symmetric
         self.spacing = 2 if symmetric and self.k == 2 else 1  # one bit: -1 and 1
         self.first = 0 if not symmetric else -1 if self.k == 2 else -(self.k // 2)
-        self.largest = self.k - 1 if not symmetric else max(1, self.k // 2 - 1)
+        last = self.first + self.spacing * (self.k - 1)
+        limit = largest_of(config, self.k)
+        self.ends = (self.first, last) if limit is None else (max(self.first, -limit), min(last, limit))
+        self.largest = self.k - 1 if not symmetric else self.ends[1]
         self.channel_scale = weight.scale is not None
         first, last = weight.codebook.float()[:, 0], weight.codebook.float()[:, -1]
         step = weight.scale.clone() if self.channel_scale else (last - first) / (self.k - 1) / self.spacing
@@ -78,7 +82,7 @@ class UniformFakeQuantize(FakeQuantize):
         integers = torch.arange(self.k, dtype=torch.float32, device=self.scale.device) * self.spacing + self.first
         step = self.step_size()
         if self.channel_scale:
-            return integers.repeat(self.groups, 1).to(self.codebook_dtype), step
+            return integers.clamp_(*self.ends).repeat(self.groups, 1).to(self.codebook_dtype), step
         codebook = integers * step[:, None]
         return (codebook if self.offset is None else codebook + self.offset[:, None]).to(self.codebook_dtype), None
 
@@ -87,7 +91,8 @@ class UniformFakeQuantize(FakeQuantize):
         step = self.step_size()
         values = rows.reshape(len(step), -1)
         values = (values if self.offset is None else values - self.offset[:, None]) / step[:, None]
-        return ((values - self.first) / self.spacing).round_().clamp_(0, self.k - 1).to(torch.uint8).view(rows.shape)
+        lowest, highest = ((end - self.first) // self.spacing for end in self.ends)
+        return ((values - self.first) / self.spacing).round_().clamp_(lowest, highest).to(torch.uint8).view(rows.shape)
 
     def fake_quantize(self, kernel: torch.Tensor) -> torch.Tensor:
         codebook, scale = self.stored()
@@ -99,4 +104,4 @@ class UniformFakeQuantize(FakeQuantize):
 
     def extra_repr(self) -> str:
         offset = "" if self.offset is None else ", offset"
-        return f"steps={len(self.scale)}, integers={self.first}..{self.first + self.spacing * (self.k - 1)}{offset}"
+        return f"steps={len(self.scale)}, integers={self.ends[0]}..{self.ends[1]}{offset}"

@@ -138,6 +138,26 @@ class TestQuantization:
             assert name in SIGNED or zero_point == 0
             assert rounded(np.zeros(1, np.float32), scale, zero_point, bits) == 0
 
+    @pytest.mark.parametrize("bits", [8, 4, 2])
+    @pytest.mark.parametrize("name", UNSIGNED + SIGNED)
+    def test_symmetric_ranges(self, name, bits):
+        """The zero point is the middle; the scale takes in all values, or has the least error of a fine search."""
+        x, middle = samples(name), 2 ** (bits - 1)
+        scale, zero_point = observe(x).quantization(bits, "minmax", symmetric=True)
+        assert zero_point == middle and type(zero_point) is int
+        assert scale == pytest.approx(max(-x.min() / middle, x.max() / (middle - 1)), rel=1e-6)
+
+        def error(scale):
+            return np.square(rounded(x, scale, middle, bits).astype(np.float64) - x).mean()
+
+        best = min(error(scale * share) for share in np.geomspace(0.01, 1, 300))
+        found, zero_point = observe(x).quantization(bits, "mse", symmetric=True)
+        assert zero_point == middle and error(found) <= 1.03 * best
+        assert observe(np.zeros(5, np.float32)).quantization(bits, symmetric=True) == (
+            np.float32(1 / (2**bits - 1)),
+            middle,
+        )
+
     def test_outliers_stretch_only_minmax(self):
         observer = observe(samples("relu with outliers"))
         highest = {method: 15 * observer.quantization(4, method)[0] for method in METHODS}

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from repvgg_hf import CalibrationConfig
+from repvgg_hf import CalibrationConfig, ClusterConfig
 from repvgg_hf.compression.ptq.data import CalibrationData
-from repvgg_hf.compression.ptq.input_ranges import observe_input_ranges
+from repvgg_hf.compression.ptq.input_ranges import observe_ranges
+
+A8 = ClusterConfig(activation_bits=8)
 
 
 def inputs_of(model, names, images):
@@ -35,7 +37,8 @@ def test_minmax_is_from_the_least_to_the_largest_input(bits, model, images):
     fused = model.reparameterize()
     names = layer_names(fused)
     how = CalibrationConfig(activation_range="minmax")
-    found = observe_input_ranges(fused, names, CalibrationData(images, batch_size=7), bits, how)
+    config = ClusterConfig(activation_bits=bits)
+    found, _ = observe_ranges(fused, names, CalibrationData(images, batch_size=7), config, how)
     assert list(found) == names
     for name, x in inputs_of(fused, names, images).items():
         low, high = min(float(x.min()), 0), max(float(x.max()), 0)
@@ -47,7 +50,8 @@ def test_minmax_is_from_the_least_to_the_largest_input(bits, model, images):
 def test_mse_is_no_worse_than_any_range_of_a_grid(model, images):
     fused = model.reparameterize()
     names = layer_names(fused)
-    found = observe_input_ranges(fused, names, CalibrationData(images, batch_size=16), 4, CalibrationConfig())
+    config = ClusterConfig(activation_bits=4)
+    found, _ = observe_ranges(fused, names, CalibrationData(images, batch_size=16), config, CalibrationConfig())
     for name, x in inputs_of(fused, names, images).items():
 
         def error(scale, zero_point, x=x):
@@ -66,7 +70,8 @@ def test_mse_is_no_worse_than_any_range_of_a_grid(model, images):
 def test_only_the_layers_asked_for_and_no_hook_is_left(model, images):
     fused = model.reparameterize()
     data = CalibrationData(images)
-    assert list(observe_input_ranges(fused, ["classifier"], data, 8, CalibrationConfig())) == ["classifier"]
+    found, outputs = observe_ranges(fused, ["classifier"], data, A8, CalibrationConfig())
+    assert list(found) == ["classifier"] and outputs == {}
     assert not any(module._forward_pre_hooks for module in fused.modules())
 
 
@@ -74,7 +79,7 @@ def test_inputs_that_are_not_finite_name_the_layer(model, images):
     fused = model.reparameterize()
     fused.repvgg.embeddings.layer.conv.bias.data[0] = float("inf")
     with pytest.raises(ValueError, match="^The input of 'repvgg.encoder.stages.0.layers.0.conv': .*NaN or infinite"):
-        observe_input_ranges(fused, layer_names(fused), CalibrationData(images), 8, CalibrationConfig())
+        observe_ranges(fused, layer_names(fused), CalibrationData(images), A8, CalibrationConfig())
     assert not any(module._forward_pre_hooks for module in fused.modules())
 
 
@@ -82,4 +87,4 @@ def test_a_layer_that_does_not_run(model, images):
     fused = model.reparameterize()
     fused.unused = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="^'unused' gets no input when the model runs: name it in modules_to_not"):
-        observe_input_ranges(fused, ["classifier", "unused"], CalibrationData(images), 8, CalibrationConfig())
+        observe_ranges(fused, ["classifier", "unused"], CalibrationData(images), A8, CalibrationConfig())

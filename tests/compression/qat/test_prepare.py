@@ -62,7 +62,7 @@ def test_quantizers_are_put_where_they_are_wanted(form, make_model, logits, batc
     layer = model.get_submodule(name)
     kernel = layer.weight if form == "deploy" else layer.equivalent()[0]
     weights = {name: quantize_weight(kernel, 3, 1, config)}
-    add_quantizers(model, weights, {name: (0.25, 3)}, config, QATConfig(blend_steps=7))
+    add_quantizers(model, weights, {name: (0.25, 3)}, {}, config, QATConfig(blend_steps=7))
     assert list(fake_quantizers(model)) == [name] and trained_input_ranges(model) == {name: (0.25, 3)}
     assert model.config.qat_config == {
         "quantization": config.to_dict(),
@@ -157,3 +157,14 @@ def test_only_what_trains_is_changed_in_the_model(make_model):
     """Layers that stay float keep their class."""
     model = make_model().prepare_qat(bits=3, modules_to_not_convert=["classifier"])
     assert type(model.classifier) is nn.Linear and len(fake_quantizers(model)) == 5
+
+
+@torch.no_grad()
+def test_blending_ends_in_evaluation_of_a_fused_model(tiny_config, tmp_path):
+    """It is in evaluation when it is fused, so that its outputs are those of the checkpoint, without float weights."""
+    model = RepVGGForImageClassification(tiny_config()).eval().reparameterize()
+    model.prepare_qat(bits=2, qat_config=QATConfig(blend_steps=2))
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 16, 16)
+    loaded = RepVGGForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
