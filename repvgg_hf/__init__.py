@@ -31,6 +31,15 @@ _LAZY = {
     "RepVGGPreTrainedModel": ".runtime.modeling_repvgg",
     "ReparamConv2d": ".runtime.reparameterization",
     "dequantize": ".compression",
+    "export_coreml": ".interop.coreml",
+    "export_program": ".interop.programs",
+    "compile_int8": ".interop.torch_int8",
+    "export_onnx": ".interop.onnx",
+    "export_openvino": ".interop.openvino",
+    "load_engine": ".interop.engines",
+    "load_openvino": ".interop.openvino",
+    "export_executorch": ".interop.executorch",
+    "export_litert": ".interop.litert",
     "from_original": ".networks",
     "from_timm": ".networks",
     "fuse": ".networks",
@@ -58,6 +67,14 @@ if TYPE_CHECKING:
         save_quantized,
         update_codebooks,
     )
+    from .interop.coreml import export_coreml
+    from .interop.engines import load_engine
+    from .interop.executorch import export_executorch
+    from .interop.litert import export_litert
+    from .interop.onnx import export_onnx
+    from .interop.openvino import export_openvino, load_openvino
+    from .interop.programs import export_program
+    from .interop.torch_int8 import compile_int8
     from .networks import FuseReport, from_original, from_timm, fuse, to_timm_state_dict
     from .runtime.cluster_layers import ClusterConv1d, ClusterConv2d, ClusterLinear
     from .runtime.modeling_repvgg import (
@@ -104,6 +121,15 @@ __all__ = [
     "RepVGGPreTrainedModel",
     "ReparamConv2d",
     "dequantize",
+    "export_coreml",
+    "export_program",
+    "compile_int8",
+    "export_onnx",
+    "export_openvino",
+    "load_engine",
+    "load_openvino",
+    "export_executorch",
+    "export_litert",
     "from_original",
     "from_timm",
     "fuse",
