@@ -14,12 +14,21 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from repvgg_hf.hub import Results, publish, publish_family
 from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
-from repvgg_hf.hub.recipe_figures import benchmark_latency, command_of, merge_models, qat_models, quantize_models
+from repvgg_hf.hub.recipe_figures import (
+    benchmark_latency,
+    command_of,
+    engine_results,
+    merge_models,
+    qat_models,
+    quantize_models,
+)
 from repvgg_hf.hub.results import read_json
+from repvgg_hf.interop.formats import FORMATS
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.report import masked, masked_text
 
@@ -44,6 +53,13 @@ class PublishArguments:
     )
     benchmark_json: list[str] = field(
         default_factory=list, metadata={"help": "Files that the benchmark `inference` wrote, for latencies."}
+    )
+    engine_json: list[str] = field(
+        default_factory=list, metadata={"help": "Files that evaluate.py --engines wrote, for the table of engines."}
+    )
+    formats: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Files for engines to publish with the model: {', '.join(FORMATS)}."},
     )
     train_checkpoint: str | None = field(
         default=None,
@@ -92,6 +108,8 @@ def gather_results(args: PublishArguments) -> Results | None:
         raise ValueError("Give --dataset_title, the name of the dataset that the figures were measured on.")
     rows = [row for path, record in swept.items() for row in quantize_models(record, path)]
     rows += [row for path, record in trained.items() for row in qat_models(record, path)]
+    models = merge_models(rows)
+    measured = {path: read_json(path) for path in args.engine_json}
     kernels, histograms = [], []
     if args.train_checkpoint is not None:
         model = AutoModelForImageClassification.from_pretrained(args.train_checkpoint)
@@ -109,16 +127,17 @@ def gather_results(args: PublishArguments) -> Results | None:
                 "hub_id": args.dataset_hub_id,
                 "revision": args.dataset_revision,
             },
-            "models": merge_models(rows),
+            "models": models,
             "description": args.description,
             "commands": [
                 *map(masked_text, args.commands),
-                *(shown(command_of(record, path)) for path, record in (swept | trained).items()),
+                *(shown(command_of(record, path)) for path, record in (swept | trained | measured).items()),
             ],
             "kernels_before": kernels,
             "kernels_after": next(iter(swept.values())).get("float_kernels", []) if swept else [],
             "histograms": histograms,
             "latency": [row for path in args.benchmark_json for row in benchmark_latency(read_json(path), path)],
+            "engines": [row for path, record in measured.items() for row in engine_results(record, models, path)],
         }
     )
 
@@ -145,17 +164,25 @@ def pairs(entries: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def load(folder: str):
+    """Load a checkpoint into the class that saved it: a classifier, or a quantized model of another kind."""
+    names = AutoConfig.from_pretrained(folder).architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    return (kind or AutoModelForImageClassification).from_pretrained(folder)
+
+
 def main(arguments: list[str] | None = None) -> None:
     (args,), _ = parse_arguments((PublishArguments,), arguments)
     if args.card_json is not None and args.output_dir is None:
         raise ValueError("--card_json copies the card from --output_dir: give that, too.")
     results = gather_results(args)
     folders = pairs(args.models, "models") if len(args.models) > 1 else {"": args.models[0]}
-    models = {name: AutoModelForImageClassification.from_pretrained(folder) for name, folder in folders.items()}
+    models = {name: load(folder) for name, folder in folders.items()}
     options = {
         "processor": AutoImageProcessor.from_pretrained(next(iter(folders.values()))),
         "plots": pairs(args.plots, "plots"),
         "draw_plots": args.draw_plots,
+        "formats": args.formats,
         "license": args.license,
         "private": args.private or None,
         "overwrite": args.overwrite,

@@ -17,6 +17,8 @@ from ..runtime.configuration_repvgg import RepVGGConfig
 from ..runtime.quantization_cluster import ClusterConfig
 from .complexity import measure_complexity
 from .drawing import figure_paths
+from .engines import engines_section
+from .integers import integers_section
 from .names import check_license, check_ref, check_repo_id
 from .results import ModelResult, Results, build, check, read_json
 from .tables import (
@@ -64,6 +66,7 @@ class ModelCard:
         plots (`dict[str, str]`, *optional*): captions by path in the repository, of the figures drawn from `results`
             and of others.
         license (`str`, defaults to `"apache-2.0"`): license of the weights, as the Hub spells it.
+        files (`dict[str, int]`, *optional*): bytes of the files for engines, by path in the repository.
 
     Raises `ValueError` naming the field for a bad value.
     """
@@ -76,6 +79,7 @@ class ModelCard:
     revision: str | None = None
     plots: dict | None = None
     license: str = "apache-2.0"
+    files: dict | None = None
 
     def __post_init__(self):
         check(self, "card")
@@ -97,7 +101,8 @@ class ModelCard:
 
     def __str__(self) -> str:
         sections = [self.introduction(), self.usage(), self.model_section(), self.results_section()]
-        sections += [self.making_section(), self.limits(), f"## Citation\n\n{code_block(CITATION, 'bibtex')}"]
+        sections += [integers_section(self.quantization), self.engines_section(), self.making_section(), self.limits()]
+        sections += [f"## Citation\n\n{code_block(CITATION, 'bibtex')}"]
         body = "\n\n".join(section for section in sections if section)
         return f"---\n{self.metadata().to_yaml()}\n---\n\n{body}\n"
 
@@ -116,6 +121,11 @@ class ModelCard:
         """How the published model is quantized; `None` for float weights."""
         stored = self.config.get("quantization_config")
         return None if stored is None else ClusterConfig.from_dict(dict(stored))
+
+    @property
+    def computes_integers(self) -> bool:
+        """Whether the published model is one that engines run as integers."""
+        return bool(integers_section(self.quantization))
 
     @property
     def weights(self) -> str:
@@ -200,6 +210,17 @@ class ModelCard:
         parts.append(latency_table(results.latency))
         return "\n\n".join(part for part in parts if part)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is an image classifier."""
+        return True
+
+    def engines_section(self) -> str:
+        """Return the section about the files for engines; empty if there are none and nothing was measured."""
+        rows = self.results.engines if self.results is not None else []
+        measured = [row for row in rows if row.model == self.published]
+        return engines_section(self.repo_id, self.revision, self.files, measured, self.classifies)
+
     def making_section(self) -> str:
         """Return the section with the description and the commands; empty if there are none."""
         if self.results is None or not (self.results.description or self.results.commands):
@@ -218,6 +239,7 @@ class ModelCard:
             lines.append(
                 "- The weights are decoded to floating point when the model first runs: few bits make the download "
                 "and the file small, not the arithmetic fast."
+                + (" (That is so in PyTorch; engines compute with integers.)" if self.computes_integers else "")
             )
         if not self.model_config.deploy:
             lines.append("- With its branches the model is slower and larger than fused: call `reparameterize()`.")

@@ -1,20 +1,23 @@
-"""Writing a folder with all that a Hub repository of a RepVGG model holds."""
+"""Writing a folder with all that a Hub repository of a model holds."""
 
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..analysis import checkpoint_bytes
+from ..interop.formats import check_formats
 from ..runtime.checkpoints import weight_files, weights_checksum
-from ..runtime.configuration_repvgg import RepVGGConfig
+from ..runtime.marker import has_own_code
 from .card import ModelCard, write_text
 from .drawing import draw_figures
+from .engines import check_measured, write_engine_files
 from .names import check_license, check_ref, check_repo_id
+from .network_card import NetworkCard, float_source
 from .results import FLOAT, Results
 from .runtime_files import auto_map, runtime_files
 
@@ -31,8 +34,11 @@ def write_folder(
     plots: dict[str, str | Path] | None = None,
     draw_plots: bool = True,
     license: str = "apache-2.0",
+    formats: Sequence[str] = (),
 ) -> ModelCard:
     """Write weights, configuration, processor, card and runtime code into a new folder; returns the card.
+
+    A model of another architecture than RepVGG has no code of this package to go with it.
 
     `card.json` there holds what the card was made of: `python -m repvgg_hf.hub card.json` makes it and its figures
     again. The folder appears when it is complete.
@@ -46,21 +52,23 @@ def write_folder(
     check_repo_id(repo_id)
     check_ref(revision, "revision")
     check_license(license)
+    check_formats(formats)
     check_model(model)
-    image_size = processor_image_size(processor)
+    own = has_own_code(model)
+    image_size = processor_image_size(processor) if own else None
     with complete_folder(folder) as target:
         model.save_pretrained(target)
         processor.save_pretrained(target)
-        config = json.loads((target / "config.json").read_text(encoding="utf-8")) | {"auto_map": auto_map()}
-        if "quantization_config" not in config:  # which has a checksum of its own
-            config["weights_checksum"] = weights_checksum(weight_files(target), model.config)
-        write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        for path in runtime_files():
-            shutil.copyfile(path, target / path.name)
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        if own:
+            config = add_code(model, config, target)
         if results is not None:
             published = published or find_published(config, results, checkpoint_bytes(target))
+        files = write_engine_files(model, target, formats, image_size)
+        check_measured(files, results, published)
         captions = draw_figures(results, repo_id, target) if draw_plots else {}
-        card = ModelCard(
+        card_class, more = (ModelCard, {}) if own else (NetworkCard, {"base_model": float_source(model)})
+        card = card_class(
             repo_id=repo_id,
             config=config,
             image_size=image_size,
@@ -69,6 +77,8 @@ def write_folder(
             revision=revision,
             plots=captions | copy_plots(plots or {}, target),
             license=license,
+            files=files or None,
+            **more,
         )
         write_text(target / "README.md", str(card))
         card.to_json(target / "card.json")
@@ -77,6 +87,17 @@ def write_folder(
             name = re.sub(r"[^A-Za-z0-9]+", "-", results.dataset.hub_id)
             write_text(target / ".eval_results" / f"{name}.yaml", entries)
     return card
+
+
+def add_code(model, config: dict, target: Path) -> dict:
+    """Put the runtime code into `target`, and what points to it into its `config.json`; returns that."""
+    config = config | {"auto_map": auto_map()}
+    if "quantization_config" not in config:  # which has a checksum of its own
+        config["weights_checksum"] = weights_checksum(weight_files(target), model.config)
+    write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in runtime_files():
+        shutil.copyfile(path, target / path.name)
+    return config
 
 
 @contextmanager
@@ -117,16 +138,25 @@ def copy_plots(plots: dict[str, str | Path], target: Path) -> dict[str, str]:
 
 
 def check_model(model) -> None:
-    """Raise `ValueError` unless `model` is a RepVGG classifier that can be published as it is."""
+    """Raise `ValueError` unless `model` can be published as it is: a RepVGG classifier, or another quantized model."""
+    if getattr(model, "config", None) is None or not hasattr(model, "push_to_hub"):
+        raise ValueError(
+            f"publish() takes a model of Transformers, got {type(model).__name__}: save a plain module with "
+            "save_quantized() and upload that folder."
+        )
     # no isinstance: the class may be of a copy of the code that came with a checkpoint
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type != RepVGGConfig.model_type or model.base_model is model:  # a model without a head is its own base
+    own = has_own_code(model)
+    if own and model.base_model is model:  # a model without a head is its own base
         raise ValueError(
             f"publish() takes a RepVGGForImageClassification, got {type(model).__name__}: backbones and headless "
             "models load from the classifier's repository."
         )
-    if model.config.qat_config is not None:
+    if getattr(model.config, "qat_config", None) is not None:
         raise ValueError("The model is being trained with quantized weights: call quantize() before publishing it.")
+    if not own and not getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{type(model).__name__} is float: quantize it before, or publish it with its own push_to_hub()."
+        )
 
 
 def processor_image_size(processor) -> int:

@@ -1,16 +1,19 @@
 """Publishing models on the Hub: one folder, one commit, nothing half-done."""
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from ..interop.formats import check_formats
 from .folder import complete_folder, write_folder
 from .names import check_license, check_ref, check_repo_id
 from .results import Results
-from .upload import Published, repeat, upload
+from .upload import MODEL, Published, RepoKind, repeat, upload
 
 
 def publish(
@@ -22,6 +25,7 @@ def publish(
     published: str | None = None,
     plots: dict[str, str | Path] | None = None,
     draw_plots: bool = True,
+    formats: Sequence[str] = (),
     license: str = "apache-2.0",
     private: bool | None = None,
     revision: str | None = None,
@@ -33,12 +37,14 @@ def publish(
     folder: str | Path | None = None,
     dry_run: bool = False,
 ) -> Published | None:
-    """Publish a classifier on the Hub in one commit: weights, configuration, processor, card, results, runtime code.
+    """Publish a model on the Hub in one commit: weights, configuration, processor, card, results, runtime code.
 
+    No code goes with a quantized model of another architecture: its card says that loading needs this package.
     Publishing the same again uploads nothing and makes no commit.
 
     Args:
-        model ([`RepVGGForImageClassification`]): the classifier, float or quantized.
+        model ([`RepVGGForImageClassification`] or `PreTrainedModel`): the classifier, float or quantized, or any
+            other quantized model of Transformers.
         repo_id (`str`): `"namespace/name"`; the repository is created if there is none.
         results ([`Results`], *optional*): what was measured; the card shows these figures and no others.
         processor: the image processor that the model was evaluated with.
@@ -47,6 +53,9 @@ def publish(
         plots (`dict[str, str | Path]`, *optional*): more image files for the card, by caption.
         draw_plots (`bool`, defaults to `True`): draw accuracy against bytes, and the distribution of the kernels'
             entries if `results` has it, for the card; needs matplotlib. `False` makes a card of text.
+        formats (sequence of `str`, *optional*): files for engines that go into folders of the repository, such as
+            `("onnx", "openvino")`, see [`~repvgg_hf.interop.formats.export_format`]; the card lists them, with what
+            `results.engines` has of them.
         license (`str`, defaults to `"apache-2.0"`): license of the weights, as the Hub spells it.
         private (`bool`, *optional*): whether a new repository is private. With `True` an existing public one is
             refused.
@@ -72,13 +81,14 @@ def publish(
     check_ref(revision, "revision")
     check_ref(tag, "tag")
     options = {"processor": processor, "published": published, "revision": revision, "plots": plots}
-    options |= {"draw_plots": draw_plots, "license": license}
+    options |= {"draw_plots": draw_plots, "license": license, "formats": formats}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repo" if folder is None else Path(folder)
         card = write_folder(model, folder, repo_id, results, **options)
         if dry_run:
             return None
         options = {"private": private, "revision": revision, "tag": tag, "create_pr": create_pr, "overwrite": overwrite}
+        options["kind"] = kind_of(model)
         return upload(folder, repo_id, commit_message or f"Publish {card.name}", token=token, **options)
 
 
@@ -93,6 +103,7 @@ def publish_family(
     published: dict[str, str] | None = None,
     plots: dict[str, str | Path] | None = None,
     draw_plots: bool = True,
+    formats: Sequence[str] = (),
     license: str = "apache-2.0",
     private: bool | None = None,
     overwrite: bool = False,
@@ -129,7 +140,8 @@ def publish_family(
         check_repo_id(repo)
         check_ref(revision, "the branch of the model")
     check_license(license)
-    options = {"processor": processor, "plots": plots, "draw_plots": draw_plots, "license": license}
+    check_formats(formats)
+    options = {"processor": processor, "plots": plots, "draw_plots": draw_plots, "license": license, "formats": formats}
     first, published = next(iter(models)), published or {}
     with tempfile.TemporaryDirectory() as temporary:
         folder, cards = Path(temporary) / "family" if folder is None else Path(folder), {}
@@ -140,13 +152,20 @@ def publish_family(
                 cards[name] = write_folder(models[model], root / name, repo, results, **more, **options)
         if dry_run:
             return None
-        done, options = {}, {"private": private, "overwrite": overwrite, "token": token}
+        done, options = {}, {"private": private, "overwrite": overwrite, "token": token, "kind": kind_of(models[first])}
         for name, (repo, revision) in places.items():
             message = commit_message or f"Publish {cards[name].name}"
             done[name] = upload(folder / name, repo, message, revision=revision, **options)
     if collection is not None:
         collect(collection, [where.repo_id for where in done.values()], private=bool(private), token=token)
     return done
+
+
+def kind_of(model) -> RepoKind:
+    """Return what tells a repository with models like `model` from others."""
+    model_type = model.config.model_type
+    words = MODEL.words if model_type == MODEL.mark[1] else f"a model of type {model_type}"
+    return replace(MODEL, words=words, mark=("model_type", model_type))
 
 
 def check_dry_run(dry_run: bool, folder: str | Path | None) -> None:

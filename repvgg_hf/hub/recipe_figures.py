@@ -56,6 +56,31 @@ def benchmark_latency(record: dict, where: str = "benchmark") -> list[dict]:
     ]
 
 
+def engine_results(record: dict, models: list[dict], where: str = "evaluation") -> list[dict]:
+    """The engines in a file that `recipes/evaluate.py --engines` wrote, as fields of [`EngineResult`].
+
+    The model is the one in `models`, fields of [`ModelResult`], that has as many bytes.
+    """
+    _require(record, {"engines": list, "bytes": int, "images": int, "cpu": str}, where)
+    names = {row["model"] for row in models if row.get("bytes") == record["bytes"]}
+    if len(names) != 1:
+        known = ", ".join(f"{row['model']} ({row.get('bytes')} bytes)" for row in models)
+        raise ValueError(
+            f"{where} is of a checkpoint of {record['bytes']} bytes, and the models have {known}: give the "
+            "evaluation of one of these."
+        )
+    threads = record.get("threads")
+    device = record["cpu"] + ("" if threads is None else f", {threads} thread{'s' * (threads > 1)}")
+    shared = {"model": names.pop(), "images": record["images"], "device": device}
+    wanted = {"engine": str, "top1": float, "agreement": float, "near": float}
+    for index, row in enumerate(record["engines"]):
+        _require(row, wanted, f"{where}.engines[{index}]")
+    return [
+        shared | {name: row[name] for name in (*wanted, "file", "bytes", "milliseconds") if row.get(name) is not None}
+        for row in record["engines"]
+    ]
+
+
 def command_of(record: dict, where: str) -> list[str]:
     """Return the command line that wrote a recipe's file."""
     _require(record, {"command": list}, where)

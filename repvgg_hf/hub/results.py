@@ -161,6 +161,45 @@ class LatencyResult:
 
 
 @dataclass
+class EngineResult:
+    """The measurement of a model that an engine runs, against its simulation in PyTorch on the same images.
+
+    Args:
+        model (`str`): name of the model in `results.models`.
+        engine (`str`): what ran it.
+        top1 (`float`): top-1 accuracy in percent.
+        agreement (`float`): share of the images in percent that have the same first class as in PyTorch.
+        near (`float`): share in percent whose logits are within 1e-5 standard deviations of PyTorch's.
+        images (`int`): number of images that were evaluated.
+        file (`str`, *optional*): its file's path in the repository; `None` for an engine that takes the checkpoint.
+        bytes (`int`, *optional*): size of the file.
+        milliseconds (`float`, *optional*): median time of one image, without preparing it.
+        device (`str`, *optional*): what it ran on.
+    """
+
+    model: str
+    engine: str
+    top1: float
+    agreement: float
+    near: float
+    images: int
+    file: str | None = None
+    bytes: int | None = None
+    milliseconds: float | None = None
+    device: str | None = None
+
+    def validate(self, where: str) -> None:
+        """Raise `ValueError` for a field, called `where` and its name, whose value is impossible."""
+        for name in ("top1", "agreement", "near"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"{where}.{name} must be a percentage from 0 to 100, got {getattr(self, name)}.")
+        for name in ("images", "bytes", "milliseconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{where}.{name} must be positive, got {value}.")
+
+
+@dataclass
 class Results:
     """All that a card tells and that is not computed from the model itself.
 
@@ -178,6 +217,7 @@ class Results:
         histograms (`list[HistogramResult]`): how the entries of kernels are distributed, such as before and after
             fusing; for a figure.
         latency (`list[LatencyResult]`): times, if any were measured.
+        engines (`list[EngineResult]`): what engines make of the models, if it was measured.
 
     Raises `ValueError` naming the field for a value of a wrong type or out of range.
     """
@@ -190,6 +230,7 @@ class Results:
     kernels_after: list[KernelResult] = field(default_factory=list)
     histograms: list[HistogramResult] = field(default_factory=list)
     latency: list[LatencyResult] = field(default_factory=list)
+    engines: list[EngineResult] = field(default_factory=list)
 
     def validate(self, where: str) -> None:
         """Raise `ValueError` for measurements that don't fit together."""
@@ -204,6 +245,12 @@ class Results:
             if key in seen:
                 raise ValueError(f"{where}.models has {key[0]!r} with seed {key[1]} twice: keep one of them.")
             seen.add(key)
+        known = list(dict.fromkeys(result.model for result in self.models))
+        for index, row in enumerate(self.engines):
+            if row.model not in known:
+                raise ValueError(
+                    f"{where}.engines[{index}].model is {row.model!r}, but {where}.models has only {', '.join(known)}."
+                )
         names, widths = [{getattr(entry, key) for entry in self.histograms} for key in ("name", "bin_width")]
         if len(names) < len(self.histograms) or len(widths) > 1:
             raise ValueError(f"{where}.histograms must have different names and the same bin_width: count them anew.")

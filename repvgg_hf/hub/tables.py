@@ -35,7 +35,15 @@ def folded(command: str, width: int = 80) -> str:
     return " \\\n    ".join(lines)
 
 
-TEXT = ("weights", "codebooks", "found by", "model", "engine", "device")  # headings of columns that hold no figures
+TEXT = (
+    "weights",
+    "codebooks",
+    "found by",
+    "model",
+    "engine",
+    "file",
+    "device",
+)  # headings of columns that hold no figures
 
 
 def table(headings: list[str], rows: list[list[str]], bold: int | None = None) -> str:

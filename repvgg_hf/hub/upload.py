@@ -3,13 +3,14 @@
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import sha
 
+from ..interop.formats import FORMATS
 from ..runtime.configuration_repvgg import RepVGGConfig
 from ..runtime.saving import PREFIX
 from .names import check_ref, check_repo_id
@@ -18,6 +19,33 @@ ATTEMPTS = 5  # of a commit, when the Hub or the network fails for the moment
 TRANSIENT = (429, 500, 502, 503, 504)
 # what an earlier publication may have left and this one would not replace: weights under other names, older plots
 _STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|plots/.*")
+_CARD = "card.json"  # which lists the files for engines that were published with a model
+
+
+@dataclass(frozen=True)
+class RepoKind:
+    """A kind of repository that is published, and how one of ours is told from other people's.
+
+    Attributes:
+        type (`str`): the type, as the Hub calls it.
+        words (`str`): what one of ours holds.
+        marker (`str`): JSON file that each of ours has.
+        mark (`tuple[str, str]`): key and value in it.
+        stale (`re.Pattern`): files that go when the new ones don't have them.
+        creation (`dict`): more arguments of `create_repo`.
+        template (`frozenset[str]`): files that the Hub itself puts into a new repository.
+    """
+
+    type: str
+    words: str
+    marker: str
+    mark: tuple[str, str]
+    stale: re.Pattern
+    creation: dict = field(default_factory=dict)
+    template: frozenset[str] = frozenset()
+
+
+MODEL = RepoKind("model", "a RepVGG model", "config.json", ("model_type", RepVGGConfig.model_type), _STALE)
 
 
 @dataclass
@@ -50,29 +78,31 @@ def upload(
     create_pr: bool = False,
     overwrite: bool = False,
     token: str | bool | None = None,
+    kind: RepoKind = MODEL,
 ) -> Published:
-    """Make a branch of a repository hold the files of `folder`, in one commit.
+    """Make a branch of a repository of some `kind` hold the files of `folder`, in one commit.
 
     The other arguments, and what is raised, are those of [`~repvgg_hf.hub.publish`].
     """
     check_repo_id(repo_id)
     check_ref(revision, "revision")
     check_ref(tag, "tag")
-    api, branch = HfApi(token=token), revision or "main"
+    api, branch, repo_type = HfApi(token=token), revision or "main", kind.type
     commit = None
     try:
-        repeat(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        check_visibility(api, repo_id, private)
+        repeat(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **kind.creation))
+        check_visibility(api, repo_id, private, repo_type)
         if branch != "main":
-            repeat(lambda: create_empty_branch(api, repo_id, branch))
-        head = repeat(lambda: api.model_info(repo_id, revision=branch).sha)
+            repeat(lambda: create_empty_branch(api, repo_id, branch, repo_type))
+        head = repeat(lambda: api.repo_info(repo_id, revision=branch, repo_type=repo_type).sha)
         if not overwrite:
-            repeat(lambda: check_content(api, repo_id, head))
+            repeat(lambda: check_content(api, repo_id, head, kind))
         if tag is not None:
-            check_tag(api, repo_id, tag, head, changed=bool(repeat(lambda: changes(api, folder, repo_id, head))))
-        commit, pull_request = commit_folder(api, folder, repo_id, branch, head, commit_message, create_pr)
+            changed = bool(repeat(lambda: changes(api, folder, repo_id, head, kind)))
+            check_tag(api, repo_id, tag, head, changed, repo_type)
+        commit, pull_request = commit_folder(api, folder, repo_id, branch, head, commit_message, create_pr, kind)
         if tag is not None:
-            repeat(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+            repeat(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True, repo_type=repo_type))
     except HfHubHTTPError as error:
         error.append_to_message("\n" + advice(error, repo_id, branch, commit))
         raise
@@ -107,7 +137,7 @@ def advice(error: HfHubHTTPError, repo_id: str, branch: str, commit: str | None)
 
 
 def commit_folder(
-    api: HfApi, folder: Path, repo_id: str, branch: str, head: str, message: str, create_pr: bool
+    api: HfApi, folder: Path, repo_id: str, branch: str, head: str, message: str, create_pr: bool, kind: RepoKind
 ) -> tuple[str, str | None]:
     """Commit the files on top of `head`, if they differ; returns (commit that holds them, address of the pull request).
 
@@ -116,21 +146,27 @@ def commit_folder(
     """
 
     def attempt():
-        operations = changes(api, folder, repo_id, branch)
+        operations = changes(api, folder, repo_id, branch, kind)
         if not operations:  # nothing new; or the commit was made and its answer was lost
-            return repeat(lambda: api.model_info(repo_id, revision=branch).sha), None
+            return repeat(lambda: api.repo_info(repo_id, revision=branch, repo_type=kind.type).sha), None
         info = api.create_commit(
-            repo_id, operations, commit_message=message, revision=branch, parent_commit=head, create_pr=create_pr
+            repo_id,
+            operations,
+            commit_message=message,
+            revision=branch,
+            parent_commit=head,
+            create_pr=create_pr,
+            repo_type=kind.type,
         )
         return info.oid, info.pr_url
 
     return attempt() if create_pr else repeat(attempt)  # a second attempt might open a second pull request
 
 
-def changes(api: HfApi, folder: Path, repo_id: str, revision: str) -> list:
+def changes(api: HfApi, folder: Path, repo_id: str, revision: str, kind: RepoKind) -> list:
     """Return the operations that turn the files of `revision` into those of `folder`; files of other kinds stay."""
     remote = {}
-    for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True):
+    for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True, repo_type=kind.type):
         if hasattr(entry, "blob_id"):  # a file, not a folder
             remote[entry.path] = entry.lfs.sha256 if entry.lfs else entry.blob_id
     operations, local = [], {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
@@ -139,7 +175,33 @@ def changes(api: HfApi, folder: Path, repo_id: str, revision: str) -> list:
             content = path.read_bytes()
             if remote.get(name) not in (sha.git_hash(content), sha.sha_fileobj(path.open("rb")).hex()):
                 operations.append(CommitOperationAdd(name, path))
-    return operations + [CommitOperationDelete(name) for name in remote if name not in local and _STALE.fullmatch(name)]
+    gone = [name for name in remote if name not in local]
+    stale = [name for name in gone if kind.stale.fullmatch(name)]
+    stale += files_for_engines(api, repo_id, revision, gone, kind)
+    return operations + [CommitOperationDelete(name) for name in stale]
+
+
+def files_for_engines(api: HfApi, repo_id: str, revision: str, names: list[str], kind: RepoKind) -> list[str]:
+    """Return those of the files `names` that an earlier publication made for engines, of its weights: its card says so.
+
+    Other people's files in the same folders are not among them.
+    """
+    inside = [name for name in names if name.partition("/")[0] in FORMATS]
+    if kind.type != MODEL.type or not inside:
+        return []
+    try:
+        path = api.hf_hub_download(repo_id, _CARD, revision=revision, repo_type=kind.type)
+        listed = json.loads(Path(path).read_text(encoding="utf-8")).get("files") or {}
+    except (EntryNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return []
+    # an .xml has a .bin, and a package is a folder
+    return [
+        name
+        for name in inside
+        if name in listed
+        or name.removesuffix(".bin") + ".xml" in listed
+        or any(name.startswith(f"{one}/") for one in listed)
+    ]
 
 
 def repeat(function):
@@ -155,25 +217,27 @@ def repeat(function):
     return function()
 
 
-def check_visibility(api: HfApi, repo_id: str, private: bool | None) -> None:
+def check_visibility(api: HfApi, repo_id: str, private: bool | None, repo_type: str) -> None:
     """Raise `ValueError` if an existing repository is public and should be private."""
-    if private and not api.model_info(repo_id).private:
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        of_type = "" if repo_type == "model" else f", repo_type={repo_type!r}"
         raise ValueError(
             f"{repo_id} is public and private=True was asked for: make it private first, with "
-            f"HfApi().update_repo_settings({repo_id!r}, private=True)."
+            f"HfApi().update_repo_settings({repo_id!r}, private=True{of_type})."
         )
 
 
-def create_empty_branch(api: HfApi, repo_id: str, branch: str) -> None:
+def create_empty_branch(api: HfApi, repo_id: str, branch: str, repo_type: str) -> None:
     """Start a branch at the repository's first commit, so that it never shows another model under this name."""
-    if branch not in [entry.name for entry in api.list_repo_refs(repo_id).branches]:
-        first = api.list_repo_commits(repo_id)[-1].commit_id
-        api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
+    if branch not in [entry.name for entry in api.list_repo_refs(repo_id, repo_type=repo_type).branches]:
+        first = api.list_repo_commits(repo_id, repo_type=repo_type)[-1].commit_id
+        api.create_branch(repo_id, branch=branch, revision=first, exist_ok=True, repo_type=repo_type)
 
 
-def check_tag(api: HfApi, repo_id: str, tag: str, head: str, changed: bool) -> None:
+def check_tag(api: HfApi, repo_id: str, tag: str, head: str, changed: bool, repo_type: str) -> None:
     """Raise `ValueError` if the tag exists and would have to move."""
-    there = [entry.target_commit for entry in repeat(lambda: api.list_repo_refs(repo_id)).tags if entry.name == tag]
+    tags = repeat(lambda: api.list_repo_refs(repo_id, repo_type=repo_type)).tags
+    there = [entry.target_commit for entry in tags if entry.name == tag]
     if there and (changed or there != [head]):
         raise ValueError(
             f"{repo_id} has a tag {tag!r} on other files: choose another tag, or remove it with "
@@ -181,17 +245,22 @@ def check_tag(api: HfApi, repo_id: str, tag: str, head: str, changed: bool) -> N
         )
 
 
-def check_content(api: HfApi, repo_id: str, head: str) -> None:
-    """Raise `ValueError` unless the commit is empty, but for a README, or holds a RepVGG model."""
-    names = {entry.path for entry in api.list_repo_tree(repo_id, revision=head)} - {".gitattributes", "README.md"}
+def check_content(api: HfApi, repo_id: str, head: str, kind: RepoKind) -> None:
+    """Raise `ValueError` unless the commit is empty, but for what the Hub put there, or one of ours."""
+    tree = api.list_repo_tree(repo_id, revision=head, repo_type=kind.type)
+    names = {entry.path for entry in tree} - {".gitattributes", "README.md"}
     if not names:
         return
-    model_type = None
-    if "config.json" in names:
-        path = api.hf_hub_download(repo_id, "config.json", revision=head)
-        model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
-    if model_type != RepVGGConfig.model_type:
+    if names <= kind.template and len(api.list_repo_commits(repo_id, revision=head, repo_type=kind.type)) == 1:
+        return
+    key, value = kind.mark
+    found = None
+    if kind.marker in names:
+        path = api.hf_hub_download(repo_id, kind.marker, revision=head, repo_type=kind.type)
+        found = json.loads(Path(path).read_text(encoding="utf-8")).get(key)
+    if found != value:
         raise ValueError(
-            f"{repo_id} holds something else than a RepVGG model ({', '.join(sorted(names)[:5])}): choose another "
-            "repo_id, or pass overwrite=True to add the model beside these files and replace those of the same name."
+            f"{repo_id} holds something else than {kind.words} ({', '.join(sorted(names)[:5])}): choose another "
+            f"repo_id, or pass overwrite=True to add {kind.words} beside these files, in place of those of the same "
+            "name."
         )

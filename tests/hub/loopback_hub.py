@@ -144,6 +144,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid credentials in Authorization header")
 
     def dispatch(self, path: str) -> tuple:
+        # a Space is kept as `spaces/<repo_id>`, and has the addresses of a model but for this
+        self.kept_as = "spaces/" if re.match("/(api/)?spaces/", path) else ""
+        path = path.replace("/api/spaces/", "/api/models/").removeprefix("/spaces")
         for method, pattern, function in ROUTES:
             match = pattern.fullmatch(path)
             if match and method == ("GET" if self.command == "HEAD" else self.command):
@@ -177,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         self.sent += len(content)
 
     def find_repo(self, repo_id: str, write: bool = False) -> Repo:
-        repo = self.hub.repos.get(repo_id)
+        repo = self.hub.repos.get(self.kept_as + repo_id)
         if repo is None or (repo.private and self.token is None):
             raise Refusal(401 if self.token is None else 404, "no repo", "RepoNotFound")
         if write:
@@ -207,6 +210,10 @@ class Handler(BaseHTTPRequestHandler):
         payload = json.loads(self.body)
         self.require_write_token()
         repo_id = f"{payload.get('organization') or 'org'}/{payload['name']}"
+        if payload.get("type") == "space":
+            if payload.get("sdk") != "static":
+                raise Refusal(400, "a Space needs an sdk")
+            repo_id = f"spaces/{repo_id}"
         url = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
             return 409, url | {"error": "You already created this model repo"}
