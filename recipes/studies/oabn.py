@@ -49,7 +49,7 @@ def study_norm(norm: str, args: OABNStudyArguments) -> dict:
     if not (folder / "train_results.json").exists():
         limits = {"num_train_epochs": args.num_train_epochs, "max_train_samples": args.max_train_samples}
         limits["use_cpu"] = not torch.accelerator.is_available()  # Trainer wants to be told before it uses bf16 there
-        more = shared | limits | {"output_dir": folder}
+        more = shared | limits | {"output_dir": folder, "resume_from_checkpoint": True}  # if it was interrupted
         run_recipe("train", f"{NETWORK} {TRAINING} {NORMS[norm]}", more)
     quantized = folder / "quantize"
     run_recipe("quantize", quantization(args), shared | {"model_name_or_path": folder, "output_dir": quantized})

@@ -14,18 +14,21 @@ from repvgg_hf.training.pixels import Pixels, pixels_of, to_tensor
 from repvgg_hf.training.splits import DataArguments, ImageSplit
 
 _TOGETHER = 32  # images that a thread reads at once
+# of the augmentation `photo`: radians, shares of the side, logarithm of width by height, factors of a color
+_TURN, _ZOOM, _BEYOND, _ASPECT, _COLOR = 0.25, (0.6, 1.1), 0.1, 0.15, (0.7, 1.3)
 
 
 class Augmentation:
     """What happens to training images, in the geometry of evaluation: its resizing, interpolation and crop.
 
     `crop` moves the crop by up to an eighth of its side, or by all that the processor leaves around it, with black
-    beyond the image's center square; `resized_crop` takes a random part of the whole image instead.
+    beyond the image's center square; `resized_crop` takes a random part of the whole image instead; `photo` turns,
+    zooms, moves, mirrors and recolors the crop, for pictures that are few.
     """
 
     def __init__(self, name: str, pixels: Pixels):
         self.size = pixels.size
-        self.flip = name.endswith("flip")
+        self.flip, self.photo = name.endswith("flip"), name == "photo"
         self.resized_crop = None
         if name.startswith("resized_crop"):
             self.resized_crop = v2.RandomResizedCrop(self.size, interpolation=pixels.interpolation)
@@ -38,7 +41,12 @@ class Augmentation:
         self.stored = tuple(min(side, far) for side, far in zip(there, reach))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Crop and flip uint8 `images` `[batch, channels, *stored]`, each in its own way, to the size of the crop."""
+        """Change uint8 `images` `[batch, channels, *stored]`, each in its own way, to the size of the crop.
+
+        The result is uint8, or of `photo` float32 from 0 to 255.
+        """
+        if self.photo:
+            return recolored(random_view(images))
         if any(self.margins):
             return self.random_crop(images)
         if self.flip:
@@ -62,6 +70,35 @@ class Augmentation:
             columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
         images_last = padded.permute(0, 2, 3, 1)[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
         return images_last.permute(0, 3, 1, 2)
+
+
+def _uniform(count: int, low: float, high: float) -> torch.Tensor:
+    return torch.empty(count).uniform_(low, high)
+
+
+def random_view(images: torch.Tensor) -> torch.Tensor:
+    """Return `images` `[batch, channels, height, width]`, turned, zoomed, moved and mirrored at random, float32."""
+    count = len(images)
+    angle, zoom = _uniform(count, -_TURN, _TURN), _uniform(count, *_ZOOM)
+    aspect = _uniform(count, -_ASPECT, _ASPECT).exp()
+    mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    width, height = zoom * aspect * mirror, zoom / aspect
+    spare = (1 - zoom).clamp(min=0) + _BEYOND  # how far the view may move, in halves of the image
+    shift = [_uniform(count, -1, 1) * spare for _ in range(2)]
+    # where in the image, which is from -1 to 1, the view's corners are taken from
+    across = torch.stack([angle.cos() * width, -angle.sin() * height, shift[0]], 1)
+    down = torch.stack([angle.sin() * width, angle.cos() * height, shift[1]], 1)
+    grid = F.affine_grid(torch.stack([across, down], 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(torch.float32), grid, padding_mode="reflection", align_corners=False)
+
+
+def recolored(images: torch.Tensor) -> torch.Tensor:
+    """Return float32 `images` of 0 to 255 with brightness, contrast and saturation changed at random, each its own."""
+    brightness, contrast, saturation = (_uniform(len(images), *_COLOR).reshape(-1, 1, 1, 1) for _ in range(3))
+    gray = images.mean(1, keepdim=True)
+    images = gray + (images - gray) * saturation  # of a gray image the same
+    mean = gray.mean((2, 3), keepdim=True)
+    return ((images - mean) * contrast + mean).mul_(brightness).clamp_(0, 255)
 
 
 class DecodedImages(Dataset):

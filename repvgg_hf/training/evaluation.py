@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from transformers import Trainer, TrainingArguments
 
 from repvgg_hf.training.arguments import RunArguments
@@ -32,6 +33,8 @@ def evaluate_model(model, dataset, args: EvaluationArguments) -> tuple[dict[str,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
         dataloader_num_workers=args.dataloader_num_workers,
         bf16_full_eval=args.bf16,
+        dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere it only warns
+        disable_tqdm=True,
         remove_unused_columns=False,
         report_to="none",
     )

@@ -44,6 +44,19 @@ def open_image(value, mode: str, where: str, folder: Path | None = None) -> Imag
         raise ValueError(f"{named} can't be read ({type(error).__name__}: {error}): {_CURE}.") from error
 
 
+def image_sides(value, folder: Path | None = None) -> tuple[int, int] | None:
+    """Return (width, height) that the file of an image states, without decoding it; `None` if it states none.
+
+    `value` and `folder` are those of [`open_image`].
+    """
+    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    try:
+        with Image.open(io.BytesIO(content) if content is not None else _find(str(path), folder)) as image:
+            return image.size
+    except Exception:  # a damaged file is an error where it is read
+        return None
+
+
 def _find(path: str, folder: Path | None) -> str:
     """Return `path`, which may be relative to `folder` or else to the working directory."""
     below = None if folder is None else folder / path

@@ -1,5 +1,7 @@
 """The model that a recipe trains, and its image processor."""
 
+import contextlib
+import logging
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -22,9 +24,19 @@ def dequantize_field():
     )
 
 
+# options that set the sizes of a new model
+OF_A_NEW_MODEL = ("variant", "stem_hidden_size", "hidden_sizes", "depths", "stem_stride", "strides", "num_channels")
+
+
 @dataclass
 class ModelArguments:
     """Options that say which model to start from: `--model_name_or_path`, or else a new one."""
+
+    # options that `--help-all` shows, and `--help` does not
+    RARE = (
+        "stem_hidden_size", "hidden_sizes", "depths", "stem_stride", "strides", "num_channels", "oabn_threshold",
+        "dequantize",
+    )  # fmt: skip
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A checkpoint folder or Hub id to start from."}
@@ -46,10 +58,12 @@ class ModelArguments:
     num_channels: int = field(
         default=3, metadata={"help": "For a new model: channels of its images, 3, or 1 for gray ones."}
     )
-    oabn: bool = field(default=True, metadata={"help": "For a new model: outlier-aware batch normalization."})
+    oabn: bool = field(
+        default=True,
+        metadata={"help": "Outlier-aware batch normalization; of a checkpoint by default what it was trained with."},
+    )
     oabn_threshold: float = field(
-        default=6.0,
-        metadata={"help": "For a new model: the bound of OABN, in standard deviations of the 3x3 branch's entries."},
+        default=6.0, metadata={"help": "The bound of OABN, in standard deviations of the 3x3 branch's entries."}
     )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Train a new classifier if the checkpoint's has other classes."}
@@ -81,6 +95,29 @@ def check_source(name: str | None, dequantize: bool | None) -> None:
         )
 
 
+def changes_to_checkpoint(args: ModelArguments, given: set[str]) -> dict:
+    """Return the fields that the options called `given` change in a checkpoint's configuration.
+
+    OABN can be switched there. Raises `ValueError` for options of a new model, whose sizes a checkpoint has of its own.
+    """
+    name = args.model_name_or_path
+    unfit = [option for option in OF_A_NEW_MODEL if option in given]
+    if name is None:
+        return {}
+    if unfit:
+        raise ValueError(
+            f"--{unfit[0]} is an option of a new model, and --model_name_or_path {name} has its own: leave one of them "
+            "out."
+        )
+    changes = {option: getattr(args, option) for option in ("oabn", "oabn_threshold") if option in given}
+    if changes and RepVGGConfig.from_pretrained(name).deploy:
+        raise ValueError(
+            f"--{next(iter(changes))} bounds branches, and those of {name} are fused: leave it out, or give the "
+            "checkpoint that has them."
+        )
+    return changes
+
+
 def load_float(name: str, dequantize: bool, **arguments):
     """Load the classifier called `name` in float; `arguments` are those of `from_pretrained`.
 
@@ -91,8 +128,10 @@ def load_float(name: str, dequantize: bool, **arguments):
     return model.dequantize() if dequantize else model
 
 
-def build_model(args: ModelArguments, labels: list[str], by_position: bool = False):
+def build_model(args: ModelArguments, labels: list[str], by_position: bool = False, changes: dict | None = None):
     """The model to train on a dataset with the classes `labels`.
+
+    `changes` are fields that a checkpoint's configuration shall have instead, see [`changes_to_checkpoint`].
 
     A checkpoint keeps its own classes, names and order, to which `align_splits` brings the dataset's labels; if they
     are only numbered it takes the dataset's names. Raises `ValueError` that lists both sides if they don't match (see
@@ -102,7 +141,7 @@ def build_model(args: ModelArguments, labels: list[str], by_position: bool = Fal
     check_source(args.model_name_or_path, args.dequantize)
     if args.model_name_or_path is None:
         return RepVGGForImageClassification(new_config(args, names))
-    name = args.model_name_or_path
+    name, changes = args.model_name_or_path, changes or {}
     config = RepVGGConfig.from_pretrained(name)
     own = model_classes(config)
     try:
@@ -112,14 +151,27 @@ def build_model(args: ModelArguments, labels: list[str], by_position: bool = Fal
             raise ValueError(
                 f"{name} has other classes: {error} Or pass --ignore_mismatched_sizes True to train a new classifier."
             ) from error
-        model = load_float(name, args.dequantize, ignore_mismatched_sizes=True, **names)
+        with without_report():
+            model = load_float(name, args.dequantize, ignore_mismatched_sizes=True, **names, **changes)
         if config.num_labels == len(labels):  # loading has kept the classifier of the other classes
             model.classifier = nn.Linear(model.classifier.in_features, len(labels), dtype=model.classifier.weight.dtype)
             model._init_weights(model.classifier)
         return model
     if are_places(own) and len(own) == len(labels):
-        return load_float(name, args.dequantize, **names)
-    return load_float(name, args.dequantize)
+        return load_float(name, args.dequantize, **names, **changes)
+    return load_float(name, args.dequantize, **changes)
+
+
+@contextlib.contextmanager
+def without_report():
+    """Keep Transformers from listing the weights that do not fit, where that is what was asked for."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def new_config(args: ModelArguments, names: dict) -> RepVGGConfig:

@@ -64,7 +64,8 @@ def _split_of(path: Path) -> str:
 
 def split_folders(folder: Path) -> dict[str, Path]:
     """The folder of each split of an image folder: those below it that are called so, or else itself for `train`."""
-    below = {SPLIT_WORDS.get(path.name.lower()): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    below = {SPLIT_WORDS.get(path.name.lower()): path for path in folders}
     return {"train": folder} if None in below or not below else below
 
 

@@ -10,13 +10,19 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from repvgg_hf.training.labels import check_trained, encode_labels, find_classes, match_classes
 from repvgg_hf.training.sources import load_digits_dataset, load_image_folders, load_named_dataset, undecoded
 
-AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip")
+AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip", "photo")
 HELD_OUT = ("validation", "test", "valid", "val")  # what a split to evaluate on is called, the first that is there
 
 
 @dataclass
 class DataArguments:
     """Which images to use, named as in Transformers' `run_image_classification.py`."""
+
+    # options that `--help-all` shows, and `--help` does not
+    RARE = (
+        "dataset_config_name", "image_column_name", "label_column_name", "labels_by_position", "max_train_samples",
+        "max_eval_samples", "crop_ratio", "cache_gigabytes",
+    )  # fmt: skip
 
     dataset_name: str | None = field(
         default=None,
@@ -52,7 +58,10 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side in pixels of the images for the model; by default the checkpoint's, 8 for digits."},
+        metadata={
+            "help": "Side in pixels of the images for the model; by default the checkpoint's, 8 for digits, and what "
+            "the pictures have where train.py makes a new model of them."
+        },
     )
     crop_ratio: float | None = field(
         default=None,
@@ -62,7 +71,10 @@ class DataArguments:
         },
     )
     augmentation: str = field(
-        default="crop", metadata={"help": f"Augmentation of training images: {', '.join(AUGMENTATIONS)}."}
+        default="crop",
+        metadata={
+            "help": f"Augmentation of training images: {', '.join(AUGMENTATIONS)}; train.py takes photo for pictures."
+        },
     )
     cache_gigabytes: float = field(
         default=2.0,

@@ -23,6 +23,8 @@ NEEDED = {
     "the schedule": ("scheduler",),
     "random states": ("rng_state",),
 }
+RESULTS = "train_results.json"  # what a run writes last
+_OF_A_RUN = (RESULTS, "config.json", "*.safetensors", "training_args.bin", "preprocessor_config.json", "checkpoint-*")
 # options of `TrainingArguments` that change no weights, by how they begin
 _UNRELATED = (
     "output_dir", "resume_from", "log", "report_to", "run_name", "project", "trackio", "hub", "push_to_hub", "save",
@@ -55,6 +57,23 @@ class RunCallback(TrainerCallback, ExportableState):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         if control.should_save:
             check_finite(model)
+
+
+def check_folder(folder: Path, resume: bool | Path) -> None:
+    """Raise `ValueError` if a new run would overwrite what another one has left in `folder`.
+
+    `resume` says whether, or where from, the run goes on; without any checkpoint a finished run has nothing to go on
+    from, either.
+    """
+    has_checkpoint = any(_step(path) for path in folder.glob("checkpoint-*"))
+    left = sorted(path.name for pattern in _OF_A_RUN for path in folder.glob(pattern))
+    if not left or (resume and (has_checkpoint or RESULTS not in left or isinstance(resume, Path))):
+        return
+    go_on = "" if resume or not has_checkpoint else ", or --resume_from_checkpoint to go on with that run"
+    raise ValueError(
+        f"--output_dir {folder} holds a run already ({', '.join(left[:3])}), which would be overwritten: give another "
+        f"--output_dir{go_on}, or remove the folder."
+    )
 
 
 def find_checkpoint(place: Path, record: dict) -> Path | None:

@@ -6,8 +6,8 @@ import re
 import pytest
 
 RECIPES = [
-    "train", "quantize", "qat", "evaluate", "publish", "convert", "studies/oabn", "studies/ptq", "studies/qat",
-    "studies/qat_dkm",
+    "train", "quantize", "qat", "evaluate", "publish", "convert", "export", "predict", "studies/oabn", "studies/ptq",
+    "studies/qat", "studies/qat_dkm",
 ]  # fmt: skip
 
 
@@ -20,7 +20,8 @@ sys.path[0] = folder
 shown = {}
 for name in names:
     script, *more = name.split()
-    sys.argv, output = [script, *more, "--help"], io.StringIO()
+    every = "--help" if script == "__main__.py" else "--help-all"  # the benchmarks have no other
+    sys.argv, output = [script, *more, every], io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
             runpy.run_path(os.path.join(folder, script), run_name="__main__")
@@ -33,7 +34,7 @@ print(json.dumps([shown, sorted({module.split(".")[0] for module in sys.modules}
 
 @pytest.fixture(scope="module", params=["recipes", "studies", "benchmarks"])
 def shown(request, start, recipes) -> tuple[dict[str, str], set[str]]:
-    """(by name what `--help` prints, names of all that is imported) of the recipes in a folder, in a new process."""
+    """(by name what `--help-all` prints, names of all that is imported) of a folder's recipes, in a new process."""
     folder = {"recipes": recipes, "studies": recipes / "studies", "benchmarks": recipes / "benchmarks"}[request.param]
     names = [f"{name}.py" for name in RECIPES if "/" not in name]
     if request.param == "studies":

@@ -218,7 +218,10 @@ def test_train_begins_anew_without_any_checkpoint(source, two_classes, tmp_path,
 def test_train_refuses_another_run(source, two_classes, tmp_path):
     options = [*on(two_classes), "--num_train_epochs", "2", "--use_cpu", "--output_dir", str(source)]
     before = (source / "train_results.json").read_bytes()
-    for more, message in (("--learning_rate 0.5", "--learning_rate was 0.1, now 0.5"), ("--oabn False", "--oabn was")):
+    for more, message in (
+        ("--learning_rate 0.5", "--learning_rate was 0.025, now 0.5"),
+        ("--oabn False", "--oabn was"),
+    ):
         for place in ([], [str(source / "checkpoint-2")]):
             with pytest.raises(ValueError, match=f"is of another run .*{message}"):
                 train.main([*options, *more.split(), "--resume_from_checkpoint", *place])
@@ -278,7 +281,7 @@ def test_no_file_has_the_token(two_classes, tmp_path):
     assert {"training_args.bin", "train_results.json", "trainer_state.json"} <= {path.name for path in files}
     assert [path for path in files if token.encode() in path.read_bytes()] == []
     saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
-    assert saved.hub_token == "***" and saved.learning_rate == 0.1
+    assert saved.hub_token == "***" and saved.learning_rate == 0.025
 
 
 def test_train_does_not_end_well_with_weights_that_are_not_finite(two_classes, tmp_path):

@@ -34,7 +34,8 @@ def test_it_resumes_to_the_same_weights(trained, tmp_path, run):
     assert all(expected[name].equal(found[name]) for name in expected)
 
 
-def test_labels_of_another_dataset_are_refused(trained, images_of_two_classes, run):
+def test_labels_of_another_dataset_are_refused(trained, images_of_two_classes, run, tmp_path):
     options = ["--train_dir", images_of_two_classes, "--image_size", 8, "--model_name_or_path", trained]
+    options += ["--output_dir", tmp_path / "out"]
     output = run("train", *options, expect=1).replace("\n", " ")
     assert "has 10 classes, the dataset 2" in output and "--ignore_mismatched_sizes" in output

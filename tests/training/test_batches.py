@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import adjust_brightness
 from transformers import BitImageProcessor
 
+from repvgg_hf.training import batches
 from repvgg_hf.training.batches import (
     Augmentation,
     CachedImages,
@@ -26,7 +28,7 @@ from repvgg_hf.training.splits import DataArguments, load_splits
 
 
 @pytest.mark.parametrize("cache", [0, 1])
-@pytest.mark.parametrize("augmentation", ["none", "crop", "crop_flip", "resized_crop_flip"])
+@pytest.mark.parametrize("augmentation", ["none", "crop", "crop_flip", "resized_crop_flip", "photo"])
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (64, 9)])
 def test_tiny_and_oblong_images_give_the_size_asked_for(split_of, augmentation, size, cache):
     args = DataArguments(augmentation=augmentation, cache_gigabytes=cache)
@@ -115,6 +117,34 @@ def _image(split):
     from repvgg_hf.training.images import open_image
 
     return open_image(split.rows[0][split.column], "RGB", "")
+
+
+def test_photo_without_its_changes_is_the_image(monkeypatch):
+    images = torch.randint(0, 256, (5, 3, 12, 9), dtype=torch.uint8)
+    still = {"_TURN": 0.0, "_ZOOM": (1.0, 1.0), "_BEYOND": 0.0, "_ASPECT": 0.0, "_COLOR": (1.0, 1.0)}
+    for name, value in still.items():
+        monkeypatch.setattr(batches, name, value)
+    torch.manual_seed(1)
+    views = batches.recolored(batches.random_view(images))
+    mirrored = [not torch.allclose(view, image.float(), atol=1e-2) for view, image in zip(views, images)]
+    assert 0 < sum(mirrored) < 5
+    expected = torch.stack([image.flip(2) if turned else image for image, turned in zip(images, mirrored)])
+    torch.testing.assert_close(views, expected.float(), atol=1e-2, rtol=0)
+
+
+def test_photo_gives_each_image_another_view():
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(4, -1, -1, -1)
+    views = Augmentation("photo", pixels_of(make_processor(16)))(images)
+    assert views.dtype == torch.float32 and views.min() >= 0 and views.max() <= 255
+    assert all((views[0] - view).abs().mean() > 5 for view in views[1:])
+
+
+def test_brightness_is_torchvisions(monkeypatch):
+    images = 255 * torch.rand(3, 3, 6, 6)
+    factors = iter([torch.tensor([0.8] * 3), torch.ones(3), torch.ones(3)])
+    monkeypatch.setattr(batches, "_uniform", lambda count, low, high: next(factors))
+    expected = 255 * adjust_brightness(images / 255, 0.8)
+    torch.testing.assert_close(batches.recolored(images), expected, rtol=1e-5, atol=1e-2)
 
 
 def test_gray_images_of_one_channel(split_of):

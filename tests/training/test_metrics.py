@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import top_k_accuracy_score
 
-from repvgg_hf.training.metrics import accuracies, trainer_accuracies
+from repvgg_hf.training.metrics import accuracies, trainer_accuracies, wilson_interval
 
 
 def test_against_scikit_learn():
@@ -21,3 +22,9 @@ def test_against_scikit_learn():
 def test_equal_logits_and_few_classes():
     logits = np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0]], dtype="float32")
     assert accuracies(logits, np.array([0, 2])) == {"top1": 50.0, "top5": 100.0}  # the lower class is the guess
+
+
+@pytest.mark.parametrize(("right", "images"), [(0, 7), (7, 7), (3, 10), (260, 300), (1, 2)])
+def test_the_interval_is_scipys(right, images):
+    expected = binomtest(right, images).proportion_ci(method="wilson")
+    assert wilson_interval(right, images) == pytest.approx((100 * expected.low, 100 * expected.high), abs=1e-4)
