@@ -8,6 +8,7 @@
     python -m repvgg_hf.recipes.benchmarks calibrate           quantizing with calibration images: time and memory
     python -m repvgg_hf.recipes.benchmarks fuse                fusing any network, checks included, against timm's own
     python -m repvgg_hf.recipes.benchmarks any_network         other networks at 4 bits without data, three libraries
+    python -m repvgg_hf.recipes.benchmarks engines             int8 on every engine, against timm's fused float
     python -m repvgg_hf.recipes.benchmarks data                reading and augmenting JPEG files, against torchvision
     python -m repvgg_hf.recipes.benchmarks inference --help    the options of one of them
 
@@ -27,7 +28,18 @@ from rich.table import Table
 from transformers import HfArgumentParser, set_seed
 
 import repvgg_hf
-from repvgg_hf.recipes.benchmarks import any_network, calibrate, data, fuse, inference, load, qat, quantize, train_step
+from repvgg_hf.recipes.benchmarks import (
+    any_network,
+    calibrate,
+    data,
+    engines,
+    fuse,
+    inference,
+    load,
+    qat,
+    quantize,
+    train_step,
+)
 from repvgg_hf.training.report import masked, write_json
 
 BENCHMARKS = {
@@ -39,6 +51,7 @@ BENCHMARKS = {
     "calibrate": (calibrate.CalibrateArguments, calibrate.run),
     "fuse": (fuse.FuseArguments, fuse.run),
     "any_network": (any_network.AnyNetworkArguments, any_network.run),
+    "engines": (engines.EnginesArguments, engines.run),
     "data": (data.DataBenchmarkArguments, data.run),
 }
 

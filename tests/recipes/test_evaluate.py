@@ -1,8 +1,12 @@
 """The evaluation of a checkpoint, in real processes."""
 
 import json
+import shutil
 
 import pytest
+import torch
+
+from repvgg_hf import RepVGGForImageClassification, export_onnx
 
 
 def test_it_agrees_with_the_recipe_that_quantized(checkpoint, tmp_path, run):
@@ -27,9 +31,31 @@ def test_a_script_takes_its_arguments_from_a_json_file(checkpoint, tmp_path, sta
     assert json.loads((tmp_path / "out.json").read_text())["images"] == 50
 
 
+def test_engines_against_pytorch(checkpoint, tmp_path, run):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shutil.copytree(checkpoint, tmp_path / "model")
+    model = RepVGGForImageClassification.from_pretrained(checkpoint)
+    images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model.quantize(bits=4, activation_bits=8, calibration=[images]).save_pretrained(tmp_path / "model")
+    path = export_onnx(model, tmp_path / "model")
+    options = ["--engines", "onnxruntime", "--files", path, "--threads", 1, "--timed_images", 3]
+    options += ["--per_device_eval_batch_size", 100, "--output_json", tmp_path / "out.json"]
+    printed = run("evaluate", "--model_name_or_path", tmp_path / "model", *options)
+    record = json.loads((tmp_path / "out.json").read_text())
+    for row in record["engines"]:
+        assert row["engine"] == "ONNX Runtime" and row["file"] == "onnx/model_q4.onnx"
+        assert row["bytes"] == path.stat().st_size and row["milliseconds"] > 0
+        assert row["agreement"] >= 99.7 and row["near"] >= 95  # of 360 images one may differ
+        assert row["top1"] == pytest.approx(record["top1"], abs=0.3)
+    assert len(record["engines"]) == 2 and record["threads"] == 1 and record["cpu_flags"] and "ONNX Runtime" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--engines", "onnxruntime"], "has no file for ONNX Runtime"),
+        (["--engines", "pytorch"], "--engines takes inductor, onnxruntime"),
         (["--label_column_name", "digit"], "--label_column_name is 'digit'"),
         (["--validation_dir", "{images}"], "The model has 10 classes, the dataset 2"),
     ],

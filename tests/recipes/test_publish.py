@@ -64,6 +64,20 @@ def test_commands_are_shown_without_secrets(checkpoint, tmp_path):
     assert not any(b"s3cret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
+def test_files_for_engines_and_what_was_measured_with_them(checkpoint, tmp_path):
+    pytest.importorskip("onnxscript")
+    row = {"engine": "ONNX Runtime", "file": "onnx/model.onnx", "top1": 94.5, "agreement": 99.0, "near": 98.0}
+    record = {"images": 360, "bytes": (checkpoint / "w4" / "model.safetensors").stat().st_size, "cpu": "a processor"}
+    record |= {"command": ["recipes/evaluate.py", "--engines", "onnxruntime"], "engines": [row]}
+    (tmp_path / "engines.json").write_text(json.dumps(record))
+    more = ("--engine_json", tmp_path / "engines.json", "--formats", "onnx", "--draw_plots", "False")
+    recipe.main(options(checkpoint, "--dry_run", "--output_dir", tmp_path / "repo", *more))
+    card = (tmp_path / "repo" / "README.md").read_text()
+    size = (tmp_path / "repo" / "onnx" / "model.onnx").stat().st_size
+    assert f"| ONNX Runtime | `onnx/model.onnx` | {size:,} | a processor | 94.50 | 99.00 | 98.00 |" in card
+    assert "python recipes/evaluate.py --engines onnxruntime" in card
+
+
 def test_dry_run_of_a_family(checkpoint, tmp_path):
     models = ["--models", f"big={checkpoint / 'w4'}", f"small={checkpoint / 'w4'}"]
     root = tmp_path / "family"
@@ -85,6 +99,7 @@ def test_dry_run_of_a_family(checkpoint, tmp_path):
         (["--models", "a=b", "a=c"], "--models takes <name>=<value> with different names"),
         (["--dry_run", "--output_dir", "{new}", "--plots", "A plot=none.png"], "The plot 'A plot' must be a .png"),
         (["--dry_run", "--output_dir", "{new}", "--repo_id", "tiny"], "must be 'namespace/name'"),
+        (["--dry_run", "--output_dir", "{new}", "--formats", "tensorrt"], "formats must be a list of some of onnx"),
         (["--quantize_json", "none.json"], "none.json is no readable JSON file"),
         (["--dry_run", "--output_dir", "{new}", "--published", "w4"], "card.published is 'w4'"),
     ],

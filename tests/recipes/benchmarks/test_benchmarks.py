@@ -19,18 +19,24 @@ COMMANDS = {
     "calibrate": "--variant cifar --calibration_images 8 --image_size 32 --activation_memory 1 0 --repeats 1",
     "fuse": "--architectures repghostnet_050 --image_size 32",
     "any_network": "--architectures test_resnet --image_size 64 --images 2 --peers none",
+    "engines": "--variant cifar --image_size 32 --batch_sizes 1 --engines onnxruntime --method uniform",
     "data": "--images 6 --image_size 32 --batch_size 2 --workers 0",
 }
 RUNS = {"inference": 2, "train_step": 1, "load": 4, "qat": 1, "quantize": 5, "calibrate": 2, "fuse": 2, "data": 2}
-RUNS["any_network"] = 3
+RUNS["any_network"], RUNS["engines"] = 3, 3
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
 def record(request, tmp_path_factory, run):
     name = request.param
+    for package in NEEDED.get(name, []):
+        pytest.importorskip(package)
     output = tmp_path_factory.mktemp(name) / "record.json"
     run("benchmarks", name, *SMALL.split(), *COMMANDS[name].split(), "--output_json", output)
     return json.loads(output.read_text())
+
+
+NEEDED = {"engines": ["onnxruntime", "onnxscript"]}
 
 
 def test_record_says_how_it_was_made(record):
@@ -59,9 +65,20 @@ def test_every_time_is_recorded(record):
 
 
 def test_unknown_benchmark_is_told_which_there_are(run):
-    assert "inference, train_step, load, qat, quantize, calibrate, fuse, any_network, data" in run(
+    assert "inference, train_step, load, qat, quantize, calibrate, fuse, any_network, engines, data" in run(
         "benchmarks", "speed", expect=1
     )
+
+
+def test_engines_have_the_simulations_logits(record):
+    """And are measured in processes of their own, whose processor is known."""
+    if record["benchmark"] != "engines":
+        pytest.skip("of the benchmark of engines")
+    measured, loading, size = record["runs"]
+    for name in ("ONNX Runtime, packed", "ONNX Runtime, int8", "ONNX Runtime, float", "ours, fused, float"):
+        assert measured["logits"][name]["agreement"] == 100 and measured["logits"][name]["largest_difference"] < 0.05
+    assert measured["engine_versions"]["onnxruntime"] and measured["cpu"] and "max_isa" in measured
+    assert loading["medians"]["allowed"] == 0.2 and size["ratios"][0]["ratio"] < 1.1
 
 
 def test_memory_is_measured_in_processes_of_their_own(run, tmp_path):
