@@ -14,7 +14,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from ..networks.oabn import settle_outlier_bounds
 from ..runtime.cluster_layers import cluster_layers
-from ..runtime.layer_swaps import all_names, dequantize_layers, replace_with_cluster_layers
+from ..runtime.layer_swaps import (
+    all_names,
+    dequantize_layers,
+    replace_with_cluster_layers,
+    warn_of_half_biases,
+)
 from ..runtime.logs import get_logger
 from ..runtime.marker import has_own_code
 from ..runtime.options import unknown_option
@@ -115,6 +120,7 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
         if quantized[name].output_range is not None:
             layer.set_output_range(*quantized[name].output_range)
     _mark_quantized(model, config)
+    warn_of_half_biases(model)
     return model
 
 

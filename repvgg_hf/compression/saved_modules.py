@@ -12,7 +12,12 @@ from transformers import PreTrainedModel
 
 from ..runtime.checkpoints import check_tensors, checksum, read_tensors, tensors_checksum
 from ..runtime.cluster_layers import check_layers, cluster_layers
-from ..runtime.layer_swaps import rebuild_structure, replace_with_cluster_layers, require_quantizable
+from ..runtime.layer_swaps import (
+    rebuild_structure,
+    replace_with_cluster_layers,
+    require_quantizable,
+    warn_of_half_biases,
+)
 from ..runtime.quantization_cluster import ClusterConfig
 from ..runtime.saving import finish, replace_files
 from ..runtime.tensors import require_in_memory
@@ -45,6 +50,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{type(model).__name__} is not quantized: call repvgg_hf.quantize(model) first.")
     require_in_memory(model)
     names = _stored_names(model)
+    warn_of_half_biases(model)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(model).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if names[name] == name}
     config.checksum = tensors_checksum(tensors.items(), _settings(config))

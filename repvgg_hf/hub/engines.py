@@ -68,7 +68,7 @@ def engines_section(
     script = next((path for path in files if path.startswith("onnx/")), None)
     if script is not None and classifies:
         parts.append(
-            "In browsers and Node, with transformers.js, whose `pipeline` does not know the model type by itself:\n\n"
+            "In browsers and Node, with transformers.js, by its `AutoModel`, which takes any model type:\n\n"
             + code_block(javascript(name, revision, script), "js")
         )
     return "\n\n".join(parts)

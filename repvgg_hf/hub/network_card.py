@@ -88,10 +88,13 @@ class NetworkCard(ModelCard):
         measured = "- No accuracy was measured."
         if self.results is not None:
             measured = f"- Accuracy was measured on {cell(self.results.dataset.name)} alone."
-        return (
-            "## Limits\n\n- The weights are decoded to floating point when the model first runs: few bits make the "
-            f"download and the file small, not the arithmetic fast.\n{measured}"
+        decoded = (
+            "- The weights are decoded to floating point when the model first runs: few bits make the download and the "
+            "file small, not the arithmetic fast."
         )
+        if self.computes_integers:
+            decoded += " (That is so in PyTorch; engines compute with integers.)"
+        return f"## Limits\n\n{decoded}\n{measured}"
 
     def metadata(self) -> ModelCardData:
         """Return the YAML block."""

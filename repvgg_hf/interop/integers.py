@@ -152,7 +152,7 @@ def _integer_bias(name: str, layer: ClusterLayer) -> torch.Tensor:
             f"{off.sum().item()} of the {len(steps)} biases of {name!r} are no multiples of input_scale * "
             "weight_scale, in which engines add them up (channel "
             f"{off.int().argmax().item()}: {steps[off][0].item():.3f} steps): they were changed after quantizing, or "
-            "the model was cast to half precision. Load or quantize it again, in float32."
+            "stored in half precision. Quantize the float model again in float32, and save that."
         )
     if integers.abs().max() >= 2**31:
         raise ValueError(f"A bias of {name!r} is {integers.abs().max().item():.3g} steps, more than int32 holds.")

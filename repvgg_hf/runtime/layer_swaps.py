@@ -14,8 +14,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from .cluster_layers import CODEBOOK_DTYPES, LAYER_CLASSES, ClusterConv, ClusterLayer, cluster_layers
 from .fused_structure import rebuild_fused
+from .logs import get_logger
 from .reparameterization import ReparamConv2d
 from .tensors import require_in_memory
+
+logger = get_logger(__name__)
 
 # layers with weight matrices of their own, of which those that are no key of LAYER_CLASSES stay float
 _WITH_WEIGHTS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
@@ -192,6 +195,21 @@ def rebuild_structure(model: nn.Module, config) -> None:
             model.set_submodule(name, block.empty_convolution(device=parameter.device, dtype=parameter.dtype))
 
 
+def warn_of_half_biases(model: nn.Module) -> None:
+    """Warn of a model whose integers engines could not run, as its biases are in half precision, and so rounded."""
+    for name, layer in cluster_layers(model).items():
+        integers = layer.activation_bits is not None and layer.weight_codebook.dtype == torch.int8
+        if integers and layer.bias is not None and layer.bias.dtype in (torch.float16, torch.bfloat16):
+            logger.warning(
+                "The biases of the quantized model are %s (such as that of %s), which can't hold multiples of "
+                "input_scale * weight_scale: engines refuse such a checkpoint. Quantize the model in float32 "
+                "(model.float()), save that, and cast only what computes in PyTorch.",
+                str(layer.bias.dtype).removeprefix("torch."),
+                name,
+            )
+            return
+
+
 @torch.no_grad()
 def dequantize_layers(model: nn.Module) -> None:
     """Replace every cluster layer in `model` by the float layer with the decoded weight, which rounds no input."""
@@ -219,4 +237,5 @@ __all__ = [
     "rebuild_structure",
     "replace_with_cluster_layers",
     "require_quantizable",
+    "warn_of_half_biases",
 ]

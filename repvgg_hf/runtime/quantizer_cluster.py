@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoints import check_checkpoint, read_tensors, tensors_checksum
 from .checksum_settings import settings_to_store
 from .cluster_layers import check_layers
-from .layer_swaps import dequantize_layers, rebuild_structure, replace_with_cluster_layers
+from .layer_swaps import dequantize_layers, rebuild_structure, replace_with_cluster_layers, warn_of_half_biases
 from .marker import has_own_code, pass_over_marker, with_marker
 from .new_layers import NewLayer, find_new_layers
 from .quantization_cluster import ClusterConfig
@@ -107,6 +107,7 @@ class ClusterQuantizer(HfQuantizer):
             name: load_offloaded_parameter(model, name) if tensor.is_meta else tensor
             for name, tensor in model.state_dict().items()
         }
+        warn_of_half_biases(model)
         state = with_marker(model, tensors)
         self.quantization_config.checksum = tensors_checksum(
             tensors_in_files(model, state).items(), settings_to_store(model.config, model.dtype)

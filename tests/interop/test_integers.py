@@ -156,7 +156,7 @@ class TestModelsWithoutIntegers:
         model.repvgg.embeddings.layer.conv.bias.data[3] *= 1.001
         self.check(model, "1 of the 8 biases of 'repvgg.embeddings.layer.conv' are no multiples of .*channel 3: ")
         model = make_model().quantize(activation_bits=8, calibration=images)
-        self.check(model.to(torch.bfloat16), "biases of 'repvgg.embeddings.layer.conv' .*cast to half precision")
+        self.check(model.to(torch.bfloat16), "biases of 'repvgg.embeddings.layer.conv' .*stored in half precision")
 
     def test_a_bias_too_large_for_int32(self, make_model, images):
         model = make_model().quantize(activation_bits=8, calibration=images)
@@ -170,3 +170,15 @@ class TestModelsWithoutIntegers:
             tmp_path, device_map={"repvgg": "disk", "classifier": "cpu"}, offload_folder=tmp_path, offload_buffers=True
         )
         self.check(model, "^'repvgg.embeddings.layer.conv' is offloaded: load the model without device_map")
+
+
+@pytest.mark.parametrize("step", ["quantize", "save"])
+def test_half_biases_are_told_of(make_model, images, step, tmp_path, caplog):
+    model = make_model()
+    if step == "quantize":
+        model.half().quantize(bits=4, activation_bits=8, calibration=images)
+    else:
+        model.quantize(bits=4, activation_bits=8, calibration=images)
+        assert "half" not in caplog.text and "can't hold multiples" not in caplog.text
+        model.to(torch.float16).save_pretrained(tmp_path)
+    assert "biases of the quantized model are float16" in caplog.text
