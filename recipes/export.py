@@ -28,7 +28,8 @@ from repvgg_hf.interop.engine_loaders import load_checkpoint
 from repvgg_hf.interop.engines import find_checkpoint, load_engine
 from repvgg_hf.interop.formats import FORMATS, ONNX_WEIGHTS, ExportedFile, check_formats, equal_weights, export_format
 from repvgg_hf.interop.integers import integer_layers, runs_exactly_without_vnni
-from repvgg_hf.recipes.predict import list_pictures, prepare
+from repvgg_hf.recipes.predict import list_pictures, load_processor, prepare
+from repvgg_hf.runtime.cluster_layers import cluster_layers
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.report import write_json
 
@@ -52,8 +53,11 @@ class ExportArguments:
         },
     )
     weights: list[str] = field(
-        default_factory=lambda: ["packed"],
-        metadata={"help": f"Forms of the weights in ONNX files, a file for each: {', '.join(ONNX_WEIGHTS)}."},
+        default_factory=list,
+        metadata={
+            "help": f"Forms of the weights in ONNX files, a file for each: {', '.join(ONNX_WEIGHTS)}; by default "
+            f"{ONNX_WEIGHTS[0]}. Other formats have one form each."
+        },
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for the files, by default the checkpoint's own."}
@@ -77,8 +81,14 @@ class ExportArguments:
         unknown = [form for form in self.weights if form not in ONNX_WEIGHTS]
         if unknown:
             raise ValueError(f"--weights takes {', '.join(ONNX_WEIGHTS)}, got {', '.join(unknown)}.")
-        if self.random_images < 1:
-            raise ValueError(f"--random_images must be at least 1, got {self.random_images}.")
+        for form in self.weights:
+            if self.formats and not any(form in FORMATS[name].weights for name in self.formats):
+                known = "; ".join(f"{name} has {', '.join(FORMATS[name].weights)}" for name in self.formats)
+                raise ValueError(f"--weights {form} is no form of --formats {' '.join(self.formats)}: {known}.")
+        for name in ("random_images", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}.")
 
 
 def plan(args: ExportArguments) -> list[tuple[str, str]]:
@@ -86,7 +96,7 @@ def plan(args: ExportArguments) -> list[tuple[str, str]]:
     pairs = []
     for name in args.formats or FORMATS:
         known = FORMATS[name].weights
-        forms = [form for form in args.weights if form in known] if len(known) > 1 else [known[0]]
+        forms = [form for form in args.weights or known[:1] if form in known] if len(known) > 1 else [known[0]]
         pairs += [(name, form) for form in forms]
     return pairs
 
@@ -94,11 +104,40 @@ def plan(args: ExportArguments) -> list[tuple[str, str]]:
 def sample_images(args: ExportArguments, folder: Path, model, size: int) -> np.ndarray:
     """Images to compare on, float32 `[images, channels, size, size]`."""
     if args.images:
-        processor = AutoImageProcessor.from_pretrained(folder)
-        return np.stack([prepare(path, processor) for path in list_pictures(args.images)])
+        processor = load_processor(folder)
+        return np.stack([prepare_of_size(path, processor, size) for path in list_pictures(args.images)])
     generator = torch.Generator().manual_seed(args.seed)
     channels = getattr(model.config, "num_channels", 3)
     return torch.randn(args.random_images, channels, size, size, generator=generator).numpy()
+
+
+def prepare_of_size(path: Path, processor, size: int) -> np.ndarray:
+    """A picture as the model sees it. Raises `ValueError` if that is not as large as the files are written for."""
+    image = prepare(path, processor)
+    if image.shape[1:] != (size, size):
+        raise ValueError(
+            f"The image processor makes {path} {' x '.join(map(str, image.shape[1:]))}, and files are written for "
+            f"images {size} x {size}: leave out --image_size, or leave out --images and compare on random images."
+        )
+    return image
+
+
+def require_writable(model, args: ExportArguments) -> None:
+    """Raise `ValueError` for a model without integers, if what is to be written needs them."""
+    if set(args.weights) == {"float"} and set(args.formats) == {"onnx"}:
+        return
+    try:
+        integer_layers(model)
+    except ValueError as error:
+        fault = str(error)
+        without = [name for name, layer in cluster_layers(model).items() if layer.weight_scale is None]
+        if without:
+            fault = (
+                f"{without[0]!r} has no scale for each channel (channel_scale=False), so the entries of its codebook "
+                "are floats, and engines compute with int8: quantize the float model again with activation_bits=8, "
+                "calibration= and channel_scale=True."
+            )
+        raise ValueError(f"{fault} Or write --formats onnx --weights float, which takes any fused model.") from error
 
 
 def side_of_images(args: ExportArguments, folder: Path) -> int:
@@ -175,8 +214,7 @@ def main(arguments: list[str] | None = None) -> dict:
     (args,), arguments = parse_arguments((ExportArguments,), arguments)
     source = find_checkpoint(args.model_name_or_path)
     model = load_checkpoint(source)
-    if args.weights != ["float"] or set(args.formats) != {"onnx"}:
-        integer_layers(model)  # its errors come before any work
+    require_writable(model, args)  # its errors come before any work
     size = side_of_images(args, source)
     folder = Path(args.output_dir or source)
     images = sample_images(args, source, model, size)

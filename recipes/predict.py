@@ -95,6 +95,17 @@ def prepare(path: Path, processor) -> np.ndarray:
     return np.asarray(processor(image, return_tensors="pt")["pixel_values"][0], dtype=np.float32)
 
 
+def load_processor(name: str | Path):
+    """An image processor. Raises `ValueError` naming the folder or Hub id that has none."""
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} has no image processor ({reason:.300}): give a folder or Hub id with a preprocessor_config.json."
+        ) from error
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities `[images, classes]`."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
@@ -121,7 +132,7 @@ def predict(engine: Engine, pictures: list[Path], args: PredictArguments) -> tup
         batch_size, processor = 1, None
     else:
         batch_size = args.batch_size
-        processor = engine.processor() if args.processor is None else AutoImageProcessor.from_pretrained(args.processor)
+        processor = engine.processor() if args.processor is None else load_processor(args.processor)
     rows, preparing, running = [], [], []
     for first in range(0, len(pictures), batch_size):
         paths, start = pictures[first : first + batch_size], time.perf_counter()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,13 @@ def test_an_interruption_in_the_middle_ends_quietly(tmp_path):
     options = ["--output_dir", tmp_path, "--num_train_epochs", "500", "--max_train_samples", "64"]
     line = [sys.executable, "-u", str(COMMAND), "train", *map(str, options)]
     process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     begun = any(text.startswith("epoch") for text in process.stdout)
     assert begun, process.stderr.read()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..runtime.saving import replace_files
+from .arguments import require_folder
 from .extras import require
 from .integers import IntegerLayer, integer_layers
 from .programs import clip_to_grids, export_module, fixed_shape, output_names
@@ -69,6 +70,7 @@ def export_coreml(
     PosixPath('repvgg-a0-oabn-w4a8/coreml/model.mlpackage')
     ```"""
     example = torch.zeros(fixed_shape("Core ML", model, image_size, batch_size))
+    require_folder(folder, "coreml", "export_coreml()")
     layers = integer_layers(model)
     coremltools = _import_coremltools()
     module = clip_to_grids(to_qdq(model, weight="float")).cpu()
@@ -158,6 +160,7 @@ def _pack_weights(function, exported: torch.export.ExportedProgram, layers: dict
             continue
         if layer not in packed:  # a module may be used twice
             name = f"{layer.replace('.', '_')}_weight"
+            name = f"_{name}" if name[0].isdigit() else name  # as coremltools calls it in the package
             with function, builder.scope(*(scope(source=key, data=value) for key, value in operation.scopes.items())):
                 packed[layer] = _packed_weight(builder, layers[layer], name, operation)
             names[name] = layer

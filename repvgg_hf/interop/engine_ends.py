@@ -57,10 +57,10 @@ class Ends:
         return _DTYPES[self.image.dtype] == "uint8"
 
     def require_fitting(self, images: np.ndarray, path: Path) -> None:
-        """Raise `ValueError` for images that the model at `path` does not take; their number does not matter."""
+        """Raise `ValueError` for images that the model at `path` does not take; any number above 0 will do."""
         dtype, shape = _DTYPES[self.image.dtype], self.image.shape
         pairs = zip(shape[1:], images.shape[1:])
-        fits = images.ndim == len(shape) and len(images) and all(size in (None, found) for size, found in pairs)
+        fits = images.ndim == len(shape) and images.size and all(size in (None, found) for size, found in pairs)
         if images.dtype != dtype or not fits:
             raise ValueError(f"{path} takes {self.image}, got images {images.dtype} {list(images.shape)}.")
 

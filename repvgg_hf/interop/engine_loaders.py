@@ -1,6 +1,5 @@
 """How each engine loads a classifier: (path, threads) -> what runs images `[images, ...]` to logits, and its ends."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from .engine_ends import Ends, Tensor, find_ends
 from .extras import require
 from .openvino import load_openvino
+from .programs import load_program
 from .torch_int8 import compile_int8
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -63,11 +63,10 @@ def _load_inductor(path: Path, threads: int | None) -> tuple[Run, Ends]:
 
 
 def _load_torch(path: Path, threads: int | None) -> tuple[Run, Ends]:
-    importlib.import_module("torch.ao.quantization.fx._decomposed")  # makes the program's operations known
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        program = torch.export.load(path).module()
+        program = load_program(path).module()
     except Exception as error:  # of many kinds
         raise ValueError(f"{path} can't be loaded by PyTorch ({_reason(error)}): write it anew.") from error
 

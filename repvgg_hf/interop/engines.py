@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .engine_ends import Ends
+from .engine_files import file_of_checkpoint, finish_saves
 from .engine_loaders import LOADERS, Run
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -110,17 +111,36 @@ class Engine:
             images: float32 `[images, channels, height, width]`, or pictures if it `takes_pictures`. Of a file with a
                 fixed number of images, any number: they are cut into as many, and the last ones filled up.
 
-        Raises `ValueError` for images of another shape or dtype.
+        Raises `ValueError` for images of another shape or dtype, or that the engine fails on.
         """
-        array = np.ascontiguousarray(images)
+        array = _as_array(images, self.path)
         self.ends.require_fitting(array, self.path)
         size = self.ends.image.shape[0]
-        if size is None:
-            return self.run(array)
+        try:
+            return self.run(array) if size is None else self._run_in_parts(array, size)
+        except Exception as error:  # of a class for each engine
+            reason = (str(error).strip().splitlines() or [""])[-1]
+            raise ValueError(
+                f"{self.title} can't run {self.path} on images {array.dtype} {list(array.shape)} "
+                f"({type(error).__name__}: {reason:.300}): give {self.ends.image}, of a size that the model is for."
+            ) from error
+
+    def _run_in_parts(self, array: np.ndarray, size: int) -> np.ndarray:
         missing = -len(array) % size
         filled = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
         parts = [self.run(filled[first : first + size]) for first in range(0, len(filled), size)]
         return np.concatenate(parts)[: len(array)]
+
+
+def _as_array(images: np.ndarray | torch.Tensor, path: Path) -> np.ndarray:
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+        if images.dtype == torch.bfloat16:
+            raise ValueError(f"NumPy has no bfloat16, in which the images for {path} are: pass images.float().")
+    try:
+        return np.ascontiguousarray(images)
+    except ValueError as error:  # a list of images of several sizes
+        raise ValueError(f"The images for {path} are no array ({error}): pass those of one size together.") from error
 
 
 def load_engine(path: str | Path, engine: str | None = None, *, threads: int | None = None) -> Engine:
@@ -133,15 +153,17 @@ def load_engine(path: str | Path, engine: str | None = None, *, threads: int | N
             `"pytorch"`, which simulates the integers, `"inductor"` (see [`compile_int8`]), `"onnxruntime"`,
             `"openvino"`, `"executorch"`, `"litert"`, or `"torch"` for a program of `torch.export`. By default the one
             of the file's kind, and PyTorch for a folder. In a folder the others look for what [`export_onnx`] and its
-            kind have written there.
+            kind have written there, and take no file with other weights than the checkpoint's, such as one that was
+            written before the checkpoint was saved anew. (ExecuTorch's can't be read back.) A file that is given
+            itself is run as it is.
         threads (`int`, *optional*):
             How many to compute with; the engine chooses by default. PyTorch has them for all of a process.
 
     Returns an [`Engine`]: called with float32 images `[images, channels, height, width]` it returns logits; it has
     `labels` and `processor()` from the checkpoint's folder that the file is in or beside.
 
-    Raises `ValueError` for a path that is none of these, a damaged or foreign file, `ImportError` naming the extra of
-    an engine that is missing.
+    Raises `ValueError` for a path that is none of these, a damaged or foreign file, or a folder whose files have other
+    weights than its checkpoint, `ImportError` naming the extra of an engine that is missing.
 
     Example:
     ```python
@@ -155,12 +177,13 @@ def load_engine(path: str | Path, engine: str | None = None, *, threads: int | N
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ValueError(f"threads must be a positive integer, or left out, got {threads!r}.")
+    finish_saves(Path(path))
     path = find_checkpoint(path)
     engine = engine or _engine_of(path)
     kind = ENGINES[engine]
     folder = _checkpoint_of(path)
     if path.is_dir() and kind.suffixes:
-        path = _file_in(path, engine)
+        path = file_of_checkpoint(path, kind.title, kind.inside)
     if (path.suffix if path.is_file() else "") not in (kind.suffixes or ("",)):
         takes = " and ".join(kind.suffixes) or "a checkpoint's folder"
         raise ValueError(f"{kind.title} takes {takes}, got {path}: leave engine out, or give another file.")
@@ -204,17 +227,6 @@ def _checkpoint_of(path: Path) -> Path | None:
     """Return the folder with the `config.json` that belongs to `path`: itself, where the file is, or the one above."""
     folders = [path] if path.is_dir() else [path.parent, path.absolute().parent.parent]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
-
-
-def _file_in(folder: Path, engine: str) -> Path:
-    """Return the file for an engine in a checkpoint's folder; of several the one that it has integers in."""
-    kind = ENGINES[engine]
-    found = [path for pattern in kind.inside for path in sorted(folder.glob(pattern)) if "_image" not in path.stem]
-    if not found:
-        raise ValueError(
-            f"{folder} has no file for {kind.title} ({' or '.join(kind.inside)}): write one with recipes/export.py."
-        )
-    return found[0]
 
 
 __all__ = ["ENGINES", "Engine", "EngineKind", "find_checkpoint", "load_engine"]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..runtime.saving import replace_files
+from .arguments import require_folder
 from .extras import require
 from .programs import clip_to_grids, export_module, fixed_shape
 from .qdq import QDQLayer, to_qdq
@@ -42,6 +43,7 @@ def export_executorch(
     PosixPath('repvgg-a0-oabn-w4a8/executorch/model.pte')
     ```"""
     example = torch.zeros(fixed_shape("ExecuTorch", model, image_size, batch_size))
+    require_folder(folder, "executorch", "export_executorch()")
     module = clip_to_grids(to_qdq(model, signed=True)).cpu()
     exir = require("executorch.exir", extra="executorch")
     xnnpack = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..runtime.cluster_layers import cluster_layers
+from ..compression.codebooks.codes import decode
+from ..runtime.cluster_layers import ClusterLayer, cluster_layers
 from ..runtime.saving import replace_files
 from .coreml import export_coreml, read_coreml
 from .executorch import export_executorch
-from .integers import integer_layers
 from .litert import export_litert, read_litert
 from .onnx import export_onnx, read_onnx_weights
 from .openvino import export_openvino, read_openvino
@@ -105,23 +105,56 @@ def parts_of(path: Path) -> list[Path]:
 def equal_weights(model: nn.Module, file: ExportedFile) -> tuple[int, int] | None:
     """Return how many quantized layers of `model` have the very same weights in a file, and how many there are.
 
-    These are integers, or of a file with decoded weights float32. `None` if they can't be read back from this format,
-    or nothing is quantized.
+    `None` if nothing is quantized, or weights can't be read back from this format, see [`compare_weights`].
     """
-    read = FORMATS[file.format].read
-    if read is None or not cluster_layers(model):
+    equal = compare_weights(model, file.format, file.path) if cluster_layers(model) else None
+    return None if equal is None else (sum(equal.values()), len(equal))
+
+
+def compare_weights(model: nn.Module, format: str, path: Path) -> dict[str, bool] | None:
+    """Tell for each quantized layer, of `model` or in a file, whether both have the very same weights.
+
+    These are integers, or of a file with decoded weights float32, whatever dtype `model` computes in.
+
+    Args:
+        model (`nn.Module`): of the checkpoint that the file is to be of.
+        format (`str`), path (`Path`): of the file.
+
+    Returns a `dict` by the layers' names; `None` if weights can't be read back from this format. Raises what reading
+    raises, such as `ImportError` naming the extra that is missing.
+    """
+    read = FORMATS[format].read
+    if read is None:
         return None
-    found, expected = read(file.path), _weights_of(model, file.weights)
-    if not isinstance(found, dict):
-        found = dict(zip(expected, found))
-    equal = [np.array_equal(found.get(name, np.empty(0)), weight) for name, weight in expected.items()]
-    return sum(equal), len(equal)
+    layers = cluster_layers(model)
+    found = _quantized_weights(read, path)
+    if not isinstance(found, dict):  # in the file's order, which need not be the model's
+        return {name: any(_has_weight(layer, weight) for weight in found) for name, layer in layers.items()}
+    equal = {name: name in found and _has_weight(layer, found[name]) for name, layer in layers.items()}
+    return equal | {name: False for name in found if name not in layers}
 
 
-def _weights_of(model: nn.Module, form: str) -> dict[str, np.ndarray]:
-    if form != FLOAT:
-        return {name: layer.weight.cpu().numpy() for name, layer in integer_layers(model).items()}
-    return {name: layer.weight.detach().float().cpu().numpy() for name, layer in cluster_layers(model).items()}
+def _quantized_weights(read: Callable, path: Path) -> dict[str, np.ndarray] | list[np.ndarray]:
+    """Return the weights in a file; none of a float model's, whose names are not those of quantized layers."""
+    try:
+        return read(path)
+    except ValueError as error:
+        if "has no weights that export_onnx wrote" not in str(error):
+            raise
+        return {}
+
+
+@torch.no_grad()
+def _has_weight(layer: ClusterLayer, found: np.ndarray) -> bool:
+    """Tell whether an array is a layer's weight: its integers, or decoded in float32."""
+    if found.shape[:1] != layer.weight_shape[:1] or found.size != layer.weight_numel:
+        return False
+    integers, stored = np.issubdtype(found.dtype, np.integer), layer.stored()
+    if integers and stored["weight_codebook"].dtype != torch.int8:
+        return False
+    scale = None if integers else stored.get("weight_scale")
+    expected = decode(layer.codes(), stored["weight_codebook"], scale)
+    return np.array_equal(found.reshape(len(found), -1), expected.flatten(1).cpu().numpy())
 
 
 def _write_onnx(model: nn.Module, folder: Path, weights: str, image_size) -> Path:
@@ -172,5 +205,5 @@ FORMATS = {
     "litert": Format("LiteRT", (INT8,), "litert", _write_litert, read_litert),
 }
 
-__all__ = ["FORMATS", "ONNX_WEIGHTS", "ExportedFile", "Format", "check_formats", "equal_weights", "export_format",
-           "file_bytes", "parts_of"]  # fmt: skip
+__all__ = ["FORMATS", "ONNX_WEIGHTS", "ExportedFile", "Format", "check_formats", "compare_weights", "equal_weights",
+           "export_format", "file_bytes", "parts_of"]  # fmt: skip

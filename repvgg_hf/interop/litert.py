@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..runtime.saving import replace_files
+from .arguments import require_folder
 from .extras import require
 from .integers import integer_layers
 from .programs import clip_to_grids, fixed_shape
@@ -41,6 +42,7 @@ def export_litert(
     PosixPath('repvgg-a0-oabn-w4a8/litert/model.tflite')
     ```"""
     example = torch.zeros(fixed_shape("LiteRT", model, image_size, batch_size))
+    require_folder(folder, "litert", "export_litert()")
     layers = integer_layers(model)
     litert_torch = require("litert_torch", extra="litert")
     module = clip_to_grids(to_qdq(model, signed=True, weight="unfolded")).cpu().eval()

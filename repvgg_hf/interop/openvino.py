@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from ..runtime.saving import replace_files
+from .arguments import require_folder, require_model
 from .extras import require
 from .integers import IntegerLayer, integer_layers
 from .onnx import export_onnx
@@ -53,6 +54,8 @@ def export_openvino(
     >>> load_openvino(path)(pixel_values)["logits"].argmax(1)
     array([281])
     ```"""
+    require_model(model)
+    require_folder(folder, "openvino", "export_openvino()")
     layers = integer_layers(model)
     openvino = _import_openvino()
     name = "openvino_model" if preprocess is None else "openvino_model_image"

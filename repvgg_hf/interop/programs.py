@@ -1,9 +1,14 @@
 """A quantized model as a program of `torch.export`, from which other engines' files are made."""
 
+import importlib
+import logging
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from .arguments import image_sides, require_batch_size, require_example, require_model
 from .qdq import QDQ, to_qdq
 
 FULL_GRID = 255  # steps of 8 bits
@@ -55,6 +60,8 @@ def export_program(
     >>> program = export_program(model, torch.zeros(2, 3, 224, 224), dynamic=True)
     >>> torch.export.save(program, "model_int8.pt2")
     ```"""
+    require_model(model)
+    require_example(example, dynamic)
     module = to_qdq(model, **forms)
     return export_module(clip_to_grids(module) if clip else module, example, dynamic)
 
@@ -68,19 +75,30 @@ def export_module(module: nn.Module, example: torch.Tensor, dynamic: bool = Fals
         return torch.export.export(module, (example,), dynamic_shapes=shapes)
 
 
+def load_program(path: str | Path) -> ExportedProgram:
+    """Read a `.pt2` file of `torch.export.save`, without the traceback that PyTorch logs about a damaged one.
+
+    Raises what `torch.export.load` raises.
+    """
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # makes the program's operations known
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return torch.export.load(path)
+    finally:
+        logger.setLevel(level)
+
+
 def fixed_shape(engine: str, model: nn.Module, image_size, batch_size) -> tuple[int, int, int, int]:
     """Return the shape of the images that a file for an `engine` will take, whose sizes are fixed.
 
     Raises `ValueError` if they are no positive integers.
     """
-    height, width = image_size if isinstance(image_size, (tuple, list)) and len(image_size) == 2 else (image_size,) * 2
-    for name, value in (("image_size", height), ("image_size", width), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            given = image_size if name == "image_size" else batch_size
-            raise ValueError(
-                f"{name} must be a positive integer{' or two of them' * (name == 'image_size')}, got {given!r}: a file "
-                f"for {engine} takes images of one size. Write a file for each, or export_onnx(), which takes any."
-            )
+    require_model(model)
+    why = f": a file for {engine} takes images of one size. Write a file for each, or export_onnx(), which takes any."
+    height, width = image_sides(image_size, why=why)
+    batch_size = require_batch_size(batch_size, why)
     first = next(module for module in model.modules() if hasattr(module, "in_channels"))
     return batch_size, first.in_channels, height, width
 
@@ -96,4 +114,4 @@ def output_names(outputs) -> list[str]:
     return names
 
 
-__all__ = ["clip_to_grids", "export_module", "export_program", "fixed_shape", "output_names"]
+__all__ = ["clip_to_grids", "export_module", "export_program", "fixed_shape", "load_program", "output_names"]

@@ -7,6 +7,7 @@ one rounding in some thousands falls to the other side.
 
 import copy
 import importlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..runtime.cluster_layers import ClusterConv, ClusterConv1d
 from ..runtime.layer_swaps import all_names
+from .arguments import require_model
 from .integers import IntegerLayer, integer_layers
 
 WEIGHT_FORMS = ("folded", "unfolded", "float")
@@ -96,7 +98,8 @@ class QDQLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.convolve is not None and self.padding_mode != "zeros":
-            x = F.pad(x, self.pads, self.padding_mode)
+            circular = self.padding_mode == "circular"
+            x = pad_circularly(x, self.pads) if circular else F.pad(x, self.pads, self.padding_mode)
         x, weight = self.input(x), self.dense_weight()
         if self.convolve is None:
             y = F.linear(x, weight, self.bias)
@@ -104,6 +107,19 @@ class QDQLayer(nn.Module):
             padding = self.padding if self.padding_mode == "zeros" else 0
             y = self.convolve(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return y if self.output is None else self.output(y)
+
+
+def pad_circularly(x: torch.Tensor, pads: Sequence[int]) -> torch.Tensor:
+    """Do what `F.pad(x, pads, "circular")` does by slices, which engines such as Core ML take."""
+    for index in range(len(pads) // 2):  # the last dimension first
+        (before, after), dimension = pads[2 * index : 2 * index + 2], -1 - index
+        parts = [x]
+        if before:
+            parts.insert(0, x.narrow(dimension, x.shape[dimension] - before, before))
+        if after:
+            parts.append(x.narrow(dimension, 0, after))
+        x = torch.cat(parts, dimension)
+    return x
 
 
 class LogitsOnly(nn.Module):
@@ -138,6 +154,7 @@ def to_qdq(model: nn.Module, *, signed: bool = False, weight: str = "folded", he
 
     >>> program = torch.export.export(to_qdq(model), (images,))
     ```"""
+    require_model(model)
     for name, form in (("weight", weight), ("head", head or weight)):
         if form not in WEIGHT_FORMS:
             raise ValueError(f"{name} must be one of {', '.join(WEIGHT_FORMS)}, got {form!r}.")
@@ -153,4 +170,4 @@ def to_qdq(model: nn.Module, *, signed: bool = False, weight: str = "folded", he
     return LogitsOnly(nn.Module.float(copied)).eval()  # Transformers' models refuse `.float()` when they are quantized
 
 
-__all__ = ["LogitsOnly", "QDQ", "QDQLayer", "WEIGHT_FORMS", "to_qdq"]
+__all__ = ["LogitsOnly", "QDQ", "QDQLayer", "WEIGHT_FORMS", "pad_circularly", "to_qdq"]

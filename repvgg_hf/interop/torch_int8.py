@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .arguments import require_example, require_model
 from .extras import require
 from .integers import integer_layers
 from .programs import clip_to_grids, export_module
@@ -55,6 +56,8 @@ def compile_int8(model: nn.Module, example: torch.Tensor) -> Int8Program:
     >>> program(pixel_values).argmax(1)
     tensor([281])
     ```"""
+    require_model(model)
+    require_example(example)
     integer_layers(model)  # its errors come first
     _require_kernels()
     program = export_module(clip_to_grids(to_qdq(model)).cpu(), example).module()

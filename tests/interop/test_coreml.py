@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_models import SIZE, agreement, near_share, pictures, residual_network, trained, trained_float
-from quantized_models import repvgg
+from quantized_models import quantized, repvgg
+from torch import nn
 
 from repvgg_hf import RepVGGBackbone, RepVGGConfig, export_coreml
 from repvgg_hf.interop.coreml import read_coreml, read_program
@@ -178,6 +179,13 @@ def test_the_package_is_what_apple_reads(tmp_path):
     }
     kinds = {operation.op_type for operation in read_program(path).operations}
     assert {"constexpr_lut_to_dense", "constexpr_blockwise_shift_scale", "quantize", "dequantize"} <= kinds
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_modes_of_padding(mode, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, padding_mode=mode), nn.ReLU(), nn.Flatten(2))
+    path = export_coreml(quantized(network), tmp_path, image_size=32)
+    assert list(read_coreml(path)) == ["0"]
 
 
 class TestBadInput:

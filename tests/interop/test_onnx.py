@@ -302,6 +302,33 @@ class Net(nn.Module):
         return self.head(x).mean(dim=1)
 
 
+@pytest.mark.parametrize("weights", ["packed", "float"])
+@pytest.mark.parametrize("opset", [18, 19, 21, 23, 25])
+def test_the_file_has_the_opset_asked_for(model, weights, opset, tmp_path):
+    path = export_onnx(model, tmp_path, weights, opset=opset)
+    assert [(entry.domain, entry.version) for entry in onnx.load(path).opset_import] == [("", opset)]
+    if weights == "packed":
+        with torch.no_grad():
+            assert_same(run(path, images())["logits"], model(images()).logits)
+
+
+@pytest.mark.parametrize("weights", ["packed", "float"])
+@pytest.mark.parametrize("kernel", [3, 4, (1, 2)], ids=str)
+def test_circular_padding_needs_no_mode_of_its_own(kernel, weights, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, kernel, padding="same", padding_mode="circular"), nn.ReLU()]
+    layers += [nn.Conv2d(8, 4, kernel, padding="same", padding_mode="circular")]
+    network = nn.Sequential(*layers).eval()
+    if weights == "packed":
+        network = quantized(network, modules_to_not_convert=["2"])  # one layer stays float
+    path = export_onnx(network, tmp_path, weights)
+    assert not {"Pad", "Constant"} & {node.op_type for node in onnx.load(path).graph.node}
+    for size in ((32, 32), (8, 20)):
+        pixel_values = images(4, *size)
+        with torch.no_grad():
+            assert error(run(path, pixel_values)["logits"], network(pixel_values)) < 1e-5
+
+
 def test_fixed_and_dynamic_dimensions(model, tmp_path):
     path = export_onnx(model, tmp_path, dynamic=["batch"], image_size=(32, 48), file_name="fixed.onnx")
     assert path.name == "fixed.onnx"

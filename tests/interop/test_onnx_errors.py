@@ -64,7 +64,13 @@ def test_no_integers(options, message, tmp_path):
         ({"weights": "int8", "tensorrt": True}, "zero point .* and TensorRT takes 8 and 0: .*int8_symmetric"),
         ({"dynamic": "batch"}, "dynamic must be a list of some of batch, height, width, got 'batch'"),
         ({"dynamic": ["depth"]}, "dynamic must be a list"),
-        ({"opset": 13}, "opset must be an integer of at least 18, got 13"),
+        ({"dynamic": None}, "dynamic must be a list of some of batch, height, width, got None"),
+        ({"opset": 13}, "opset must be an integer from 18 to 2[0-9], which .* can write, got 13"),
+        ({"opset": 99}, "opset must be an integer from 18 to 2[0-9], which .* can write, got 99"),
+        ({"opset": 18.0}, "opset must be an integer .* got 18.0"),
+        ({"opset": True}, "opset must be an integer .* got True"),
+        ({"file_name": ".onnx"}, "such as 'model.onnx', without folders, got '.onnx'"),
+        ({"file_name": 3}, "must be the name of an .onnx file .* got 3"),
         ({"file_name": "folder/model.onnx"}, "without folders, got 'folder/model.onnx'"),
         ({"file_name": "model.bin"}, "must be the name of an .onnx file"),
     ],
@@ -81,6 +87,22 @@ def test_missing_package(model, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(ImportError, match=rf"{package}.*pip install 'repvgg-hf\[onnx\]'"):
         export_onnx(model, tmp_path)
+
+
+@pytest.mark.parametrize("limit", ["onnx", "onnxscript"])
+def test_an_older_package_has_fewer_opsets(model, limit, tmp_path, monkeypatch):
+    if limit == "onnx":
+        monkeypatch.setattr("onnx.defs.onnx_opset_version", lambda: 20)
+    else:
+        monkeypatch.setattr("onnxscript.version_converter._version_converter.SUPPORTED_MAX_ONNX_OPSET", 20)
+    with pytest.raises(ValueError, match="opset must be an integer from 18 to 20, .* got 21"):
+        export_onnx(model, tmp_path, opset=21)
+
+
+def test_a_model_that_is_not_converted(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxscript.version_converter._version_converter.convert_version", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="could not convert RepVGGFor.* to opset 20 and left it at 18"):
+        export_onnx(model, tmp_path, opset=20)
 
 
 def test_a_size_that_can_only_be_fixed(tmp_path):

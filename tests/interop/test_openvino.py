@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from engine_models import SIZE, agreement, near_share, pictures, residual_network, trained, trained_float
-from quantized_models import repvgg
+from quantized_models import images as noise
+from quantized_models import quantized, repvgg
+from torch import nn
 
 from repvgg_hf import RepVGGBackbone, RepVGGConfig, export_openvino, load_openvino
 from repvgg_hf.interop.integers import integer_layers, runs_exactly_without_vnni
@@ -68,6 +70,21 @@ def test_another_network(tmp_path):
     with torch.no_grad():
         same, near = agreement(torch.from_numpy(compiled(images)["logits"]), model(images).logits)
     assert same == 1 and near >= 0.9
+
+
+@pytest.mark.parametrize("dynamic", [(), ("batch", "height", "width")], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_modes_of_padding(mode, dynamic, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, padding_mode=mode), nn.ReLU()]
+    layers += [nn.Conv2d(8, 8, 4, padding="same", padding_mode=mode), nn.ReLU()]  # stays float
+    model = quantized(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), modules_to_not_convert=["2"]
+    )
+    compiled = load_openvino(export_openvino(model, tmp_path, image_size=32, dynamic=dynamic), threads=1)
+    x = noise(4 if dynamic else 1)
+    with torch.no_grad():
+        assert agreement(torch.from_numpy(compiled(x)["logits"]), model(x))[1] == 1
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

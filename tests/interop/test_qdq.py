@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantized_models import assert_same, images, quantized, small_repvgg
 from torch import nn
 
 from repvgg_hf import RepVGGBackbone
 from repvgg_hf.interop.integers import integer_layers
-from repvgg_hf.interop.qdq import QDQLayer, to_qdq
+from repvgg_hf.interop.qdq import QDQLayer, pad_circularly, to_qdq
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,16 @@ def test_backbone_and_any_network():
     assert converted.model[6] is converted.model[8]  # a layer of two names
     with torch.no_grad():
         assert_same(converted(images(16, 8, 8)).numpy(), network(images(16, 8, 8)))
+
+
+@pytest.mark.parametrize("kernel", [3, 4, (1, 2)], ids=str)
+def test_circular_padding(kernel):
+    layer = nn.Conv2d(3, 4, kernel, padding="same", padding_mode="circular")
+    pads = layer._reversed_padding_repeated_twice
+    assert torch.equal(pad_circularly(images(), pads), F.pad(images(), pads, "circular"))
+    network = quantized(nn.Sequential(layer, nn.ReLU()))
+    with torch.no_grad():
+        assert_same(to_qdq(network)(images()).numpy(), network(images()))
 
 
 def test_the_model_is_left_as_it_is(model):

@@ -1,5 +1,6 @@
 """Quantized models as int8 programs of PyTorch: exported, and compiled by inductor."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from engine_models import agreement, near_share, pictures, residual_network, tra
 from quantized_models import repvgg
 from torch.ao.quantization.fx import _decomposed  # noqa: F401
 
-from repvgg_hf import RepVGGBackbone, compile_int8, export_program
+from repvgg_hf import RepVGGBackbone, compile_int8, export_program, load_engine
 from repvgg_hf.interop.integers import integer_layers
+from repvgg_hf.interop.programs import load_program
 
 FORMATS = {
     "W4A8": {},
@@ -52,6 +54,21 @@ class TestExportProgram:
         found, layers = weights_of(torch.export.load(tmp_path / "model.pt2")), integer_layers(model)
         assert found.keys() == layers.keys()
         assert all(torch.equal(found[name], layer.weight) for name, layer in layers.items())
+
+    def test_a_damaged_file_gives_no_log(self, tmp_path, caplog):
+        path, logger = tmp_path / "model.pt2", logging.getLogger("torch.export")
+        torch.export.save(export_program(trained(), pictures(2, seed=3)[0]), path)
+        assert load_program(path).state_dict
+        path.write_bytes(path.read_bytes()[:1000])
+        level = logger.level
+        with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="model.pt2 can't be loaded by PyTorch"):
+            logger.addHandler(caplog.handler)  # torch's loggers pass nothing on
+            try:
+                load_engine(path)
+            finally:
+                logger.removeHandler(caplog.handler)
+        assert not [record for record in caplog.records if record.name.startswith("torch.export")]
+        assert logger.level == level
 
     def test_any_batch_and_size(self):
         model = trained()

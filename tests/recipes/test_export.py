@@ -100,11 +100,59 @@ def test_wrong_weights_end_with_an_error(quantized, tmp_path, monkeypatch):
         (["--weights", "int4"], "--weights takes packed, int8, float, got int4"),
         (["--random_images", "0"], "--random_images must be at least 1"),
         (["--model_name_or_path", "{float}"], "is not quantized: call quantize"),
+        (["--model_name_or_path", "{float}"], "Or write --formats onnx --weights float"),
         (["--images", "none.png"], "The picture none.png does not exist"),
+        (["--image_size", "0"], "--image_size must be at least 1, got 0"),
+        (
+            ["--formats", "openvino", "--weights", "int8"],
+            "--weights int8 is no form of --formats openvino: openvino has packed",
+        ),
+        (
+            ["--images", "{images}", "--image_size", "16", "--formats", "onnx"],
+            "image processor makes .* 8 x 8, and files are written for images 16 x 16: leave out --image_size",
+        ),
     ],
 )
-def test_bad_options(options, message, quantized, checkpoint, tmp_path):
-    options = [option.format(float=checkpoint) for option in options]
+def test_bad_options(options, message, quantized, checkpoint, images_of_two_classes, tmp_path):
+    options = [option.format(float=checkpoint, images=images_of_two_classes) for option in options]
     with pytest.raises(ValueError, match=message):
         recipe.main(["--model_name_or_path", str(quantized), "--output_dir", str(tmp_path / "out"), *options])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "quantize the float model again .*Or write --formats onnx --weights float"),
+        ({"channel_scale": False}, r"no scale for each channel .*channel_scale=True\. Or write --formats onnx"),
+    ],
+)
+def test_a_checkpoint_without_integers(options, message, checkpoint, tmp_path):
+    model = RepVGGForImageClassification.from_pretrained(checkpoint)
+    model.quantize(bits=4, **options).save_pretrained(tmp_path / "model")
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--image_size", "8", "--random_images", "4"]
+    with pytest.raises(ValueError, match=message):
+        recipe.main(arguments)
+    record = recipe.main([*arguments, "--formats", "onnx", "--weights", "float"])  # what is advised
+    assert record["files"][0]["layers_equal"] == record["files"][0]["layers"] == 4
+
+
+def test_the_advice_about_a_scale_is_true(checkpoint, tmp_path):
+    model = RepVGGForImageClassification.from_pretrained(checkpoint)
+    images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"bits": 4, "activation_bits": 8, "calibration": [images]}
+    arguments = ["--image_size", "8", "--random_images", "4", "--formats", "onnx", "--output_dir", str(tmp_path)]
+    model.quantize(channel_scale=False, **options).save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="quantize the float model again .* and channel_scale=True"):
+        recipe.main(["--model_name_or_path", str(tmp_path / "without"), *arguments])
+    model = RepVGGForImageClassification.from_pretrained(checkpoint)
+    model.quantize(channel_scale=True, **options).save_pretrained(tmp_path / "with")
+    assert recipe.main(["--model_name_or_path", str(tmp_path / "with"), *arguments])["files"][0]["layers_equal"] == 4
+
+
+def test_half_precision(quantized, tmp_path):
+    half = RepVGGForImageClassification.from_pretrained(quantized, dtype=torch.float16)
+    half.save_pretrained(tmp_path)
+    options = ["--formats", "onnx", "--weights", "float", "--image_size", "8", "--random_images", "4"]
+    row = recipe.main(["--model_name_or_path", str(tmp_path), *options])["files"][0]
+    assert (row["layers_equal"], row["layers"]) == (4, 4) and "WEIGHTS DIFFER" not in row["remarks"]

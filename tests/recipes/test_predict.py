@@ -96,6 +96,8 @@ def test_classes_without_names(checkpoint, picture, tmp_path, capsys):
         (["{folder}/empty"], "empty has no pictures"),
         (["{picture}", "--top", "0"], "--top must be at least 1"),
         (["{picture}", "--model", "{folder}/text.onnx"], "text.onnx can't be loaded by ONNX Runtime"),
+        (["{picture}", "--processor", "{folder}/none"], "none has no image processor .*give a folder or Hub id"),
+        (["{picture}", "--processor", "{folder}/empty"], "empty has no image processor .*preprocessor_config.json"),
         (["{picture}", "--engine", "onnxruntime"], "has no file for ONNX Runtime .* write one with recipes/export.py"),
     ],
 )

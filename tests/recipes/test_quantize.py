@@ -62,7 +62,8 @@ def test_without_ablation_calibration_is_one_step(checkpoint, tmp_path, run):
         "--method", "uniform", *CALIBRATED, "--activation_bits", 8, "--plot", "False",
     )  # fmt: skip
     rows = json.loads((tmp_path / "quantize_results.json").read_text())["results"]
-    assert [row["model"] for row in rows[1:]] == [f"uniform-per_tensor-w{bits}-a8-calibrated" for bits in (4, 3)]
+    names = [f"uniform-per_tensor+scale-w{bits}-a8-calibrated" for bits in (4, 3)]  # as integers need a scale
+    assert [row["model"] for row in rows[1:]] == names
     assert not list(tmp_path.glob("*.svg"))
     config = RepVGGForImageClassification.from_pretrained(tmp_path / rows[1]["model"]).config.quantization_config
     assert config.activation_bits == 8 and config.bits == 4

@@ -72,7 +72,7 @@ def test_a_line_with_an_open_quote_is_named():
 def test_rows_say_how_a_model_is_quantized():
     config = ClusterConfig(bits=3, method="uniform", granularity="per_group", group_size=2, activation_bits=8)
     assert quantization_fields(config) == {
-        "method": "uniform", "bits": 3, "granularity": "per_group", "group_size": 2, "channel_scale": False,
+        "method": "uniform", "bits": 3, "granularity": "per_group", "group_size": 2, "channel_scale": True,
         "activation_bits": 8,
     }  # fmt: skip
     plain = quantization_fields(None)

@@ -16,8 +16,10 @@ from ...runtime.cluster_layers import cluster_layers
 from ...runtime.reparameterization import ReparamConv2d
 from ...runtime.saving import replace_files
 from ...runtime.tensors import require_in_memory
+from ..arguments import DIMENSIONS, dynamic_dimensions, image_sides, require_folder, require_model
 from ..extras import require
 from ..integers import integer_layers, runs_exactly_without_vnni
+from .circular import write_out_circular_padding
 from .graph import strip
 from .layers import LayerStyle
 from .placeholders import NamedOutputs, with_placeholders
@@ -26,8 +28,7 @@ from .replacing import write_floats, write_integers
 from .tensorrt import require_tensorrt_layers, require_tensorrt_rule
 
 WEIGHTS = ("packed", "int8", "float")
-DIMENSIONS = ("batch", "height", "width")  # in the order of an input's dimensions, without its channels
-LOWEST_OPSET = 18  # of what PyTorch exports
+LOWEST_OPSET, HIGHEST_OPSET = 18, 25  # of what PyTorch exports, and of what onnxscript converts that to
 LARGEST = 2**31 - 1  # bytes of a protobuf message
 _SUFFIXES = {8: "quantized"}  # as transformers.js calls files, whose other ones are q4, q2, q1
 
@@ -74,12 +75,13 @@ def export_onnx(
         dynamic (sequence of `str`, defaults to `("batch", "height", "width")`):
             Which of these may be of any size.
         opset (`int`, defaults to 18):
-            Version of ONNX's operators, at least 18.
+            Version of ONNX's operators, from 18 to 25, or to the newest that an older onnx or onnxscript has.
         file_name (`str`, *optional*):
             Another name for the file.
 
     Raises `ValueError` for a model that has no integers (see [`integer_layers`]), is in train form, or can't be traced
-    with these dynamic sizes, `ImportError` if `pip install 'repvgg-hf[onnx]'` is missing.
+    with these dynamic sizes, `TypeError` if `model` is no network, `ImportError` if `pip install 'repvgg-hf[onnx]'` is
+    missing.
 
     Example:
     ```python
@@ -91,18 +93,24 @@ def export_onnx(
     ```"""
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
-    _check_arguments(weights, tensorrt, dynamic, opset, file_name)
+    require_model(model)
+    dynamic = dynamic_dimensions(dynamic)
+    _check_arguments(weights, tensorrt, opset, file_name)
+    shape = _image_shape(model, image_size)
+    require_folder(folder, "onnx", "export_onnx()")
     _require_fused(model)
     integers = None if weights == "float" else _integers(model)
     if tensorrt:
         require_tensorrt_layers(integers)
     steps = None if preprocess is None else image_steps(preprocess)
     name = file_name or _file_name(model, weights, tensorrt, preprocess is not None)
-    target = _onnx_folder(folder, name)
+    target = Path(folder) / "onnx"
+    target.mkdir(parents=True, exist_ok=True)
 
     traced = with_placeholders(model)
-    proto = _trace(traced, _image_shape(model, image_size), dynamic, opset)
+    proto = _trace(traced, shape, dynamic, opset)
     strip(proto)
+    write_out_circular_padding(proto)
     if integers is None:
         write_floats(proto, cluster_layers(model))
     else:
@@ -121,19 +129,33 @@ def export_onnx(
     return target / name
 
 
-def _check_arguments(weights: str, tensorrt: bool, dynamic: Sequence[str], opset: int, file_name: str | None) -> None:
+def _check_arguments(weights: str, tensorrt: bool, opset: int, file_name: str | None) -> None:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}.")
     if tensorrt and weights != "int8":
         raise ValueError(
             f"tensorrt=True and weights={weights!r} don't fit: TensorRT takes int8 constants, so pass weights='int8'."
         )
-    if isinstance(dynamic, str) or not set(dynamic) <= set(DIMENSIONS):
-        raise ValueError(f"dynamic must be a list of some of {', '.join(DIMENSIONS)}, got {dynamic!r}.")
-    if type(opset) is not int or opset < LOWEST_OPSET:
-        raise ValueError(f"opset must be an integer of at least {LOWEST_OPSET}, got {opset!r}.")
-    if file_name is not None and (Path(file_name).name != file_name or not file_name.endswith(".onnx")):
-        raise ValueError(f"file_name must be the name of an .onnx file, without folders, got {file_name!r}.")
+    highest = _highest_opset()
+    if type(opset) is not int or not LOWEST_OPSET <= opset <= highest:
+        raise ValueError(
+            f"opset must be an integer from {LOWEST_OPSET} to {highest}, which the installed onnx and onnxscript can "
+            f"write, got {opset!r}."
+        )
+    if file_name is not None and not _is_file_name(file_name):
+        raise ValueError(
+            f"file_name must be the name of an .onnx file such as 'model.onnx', without folders, got {file_name!r}."
+        )
+
+
+def _highest_opset() -> int:
+    converter = getattr(require("onnxscript.version_converter", extra="onnx"), "_version_converter", None)
+    known = require("onnx", extra="onnx").defs.onnx_opset_version()
+    return min(HIGHEST_OPSET, known, getattr(converter, "SUPPORTED_MAX_ONNX_OPSET", HIGHEST_OPSET))
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and Path(name).suffix == ".onnx"
 
 
 def _require_fused(model: nn.Module) -> None:
@@ -171,15 +193,6 @@ def _file_name(model: nn.Module, weights: str, tensorrt: bool, with_image: bool)
     return f"{stem}{'_image' if with_image else ''}.onnx"
 
 
-def _onnx_folder(folder: str | os.PathLike, name: str) -> Path:
-    target = Path(folder) / "onnx"
-    for path in (Path(folder), target):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file: export_onnx writes {name} into a folder, `onnx` in the one given.")
-    target.mkdir(parents=True, exist_ok=True)
-    return target
-
-
 def _image_shape(model: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images that a model is traced with."""
     config = getattr(model, "config", None)
@@ -187,11 +200,9 @@ def _image_shape(model: nn.Module, image_size: int | tuple[int, int] | None) -> 
     timm = getattr(model, "pretrained_cfg", None) or getattr(config, "pretrained_cfg", None) or {}
     if isinstance(timm.get("input_size"), (list, tuple)):
         channels, *known = timm["input_size"]
-    size = known if image_size is None else image_size
-    if size is None:
-        size = 224
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return channels, height, width
+    if image_size is None and known is not None:
+        return channels, *image_sides(known, f"The image_size in the configuration of {type(model).__name__}")
+    return channels, *image_sides(224 if image_size is None else image_size)
 
 
 def _trace(model: NamedOutputs, shape: tuple[int, int, int], dynamic: Sequence[str], opset: int) -> Any:
@@ -217,6 +228,12 @@ def _trace(model: NamedOutputs, shape: tuple[int, int, int], dynamic: Sequence[s
         except Exception as error:  # of many kinds, from what a model does while it is traced
             raise ValueError(_trace_failure(model, shape, dynamic, error)) from error
     proto = exported.model_proto
+    found = {entry.domain: entry.version for entry in proto.opset_import}.get("")
+    if found != opset:  # onnxscript says in the log alone that it could not convert
+        raise ValueError(
+            f"onnxscript could not convert {type(model.model).__name__} to opset {opset} and left it at {found}: pass "
+            f"opset={LOWEST_OPSET}, or leave it out."
+        )
     _name_dimensions(proto, dynamic)
     return proto
 
