@@ -158,15 +158,19 @@ class ModelCard:
                 else "It was trained with plain batch normalization."
             ),
         ]
-        if self.results:
-            rows, dataset = self.results.select(self.published), self.results.dataset
-            top1 = sum(row.top1 for row in rows) / len(rows)
-            lines += [
-                "",
-                f"**Top-1 {top1:.2f} %** on {cell(dataset.name)}, {cell(dataset.split)} ({rows[0].images:,} images), "
-                f"**{file_size(rows[0].bytes)}** of weights.",
-            ]
-        return "\n".join(lines)
+        return "\n".join(lines + self.accuracy())
+
+    def accuracy(self) -> list[str]:
+        """Return the lines that tell the published model's accuracy and size; none if nothing was measured."""
+        if not self.results:
+            return []
+        rows, dataset = self.results.select(self.published), self.results.dataset
+        top1 = sum(row.top1 for row in rows) / len(rows)
+        return [
+            "",
+            f"**Top-1 {top1:.2f} %** on {cell(dataset.name)}, {cell(dataset.split)} ({rows[0].images:,} images), "
+            f"**{file_size(rows[0].bytes)}** of weights.",
+        ]
 
     def usage(self) -> str:
         """Return the section that shows how to load the model."""

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from ..runtime.configuration_repvgg import RepVGGConfig
 from .card import ModelCard
 from .results import read_json
-from .tables import cell, code_block, file_size
+from .tables import cell, code_block
 
 # by the end of the class's name, as in transformers
 TASKS = {
@@ -58,12 +58,7 @@ class NetworkCard(ModelCard):
         fused = self.quantization.fused_structure
         if fused:
             lines[-1] += f" {len(fused)} modules of its branches were fused into plain convolutions before."
-        if self.results:
-            rows, dataset = self.results.select(self.published), self.results.dataset
-            top1 = sum(row.top1 for row in rows) / len(rows)
-            lines += ["", f"**Top-1 {top1:.2f} %** on {cell(dataset.name)}, {cell(dataset.split)} "]
-            lines[-1] += f"({rows[0].images:,} images), **{file_size(rows[0].bytes)}** of weights."
-        return "\n".join(lines)
+        return "\n".join(lines + self.accuracy())
 
     def usage(self) -> str:
         """Return the section that shows how to load the model, and what happens without the package."""

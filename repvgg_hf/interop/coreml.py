@@ -5,8 +5,6 @@ Core ML itself runs on Apple's systems alone. Elsewhere a package can be written
 
 import importlib
 import json
-import logging
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..runtime.logs import quiet
 from ..runtime.saving import replace_files
 from .arguments import require_folder
 from .extras import require
@@ -81,7 +80,7 @@ def export_coreml(
         "minimum_deployment_target": coremltools.target.iOS18,
         "compute_precision": coremltools.precision.FLOAT32,
     }
-    with _quiet():
+    with quiet("coremltools"):  # of versions that it was not tried with, and of libraries of Apple's systems
         # without passes: they may change weights, and are to see what cannot be changed
         passes = coremltools.PassPipeline.EMPTY
         program = coremltools.convert(exported, convert_to="milinternal", pass_pipeline=passes, **options)
@@ -120,7 +119,7 @@ def read_program(path: str | Path):
     spec = _load_spec(path)
     load = importlib.import_module("coremltools.converters.mil.frontend.milproto.load").load
     weights = str(Path(path) / _DATA / "weights")
-    with _quiet():
+    with quiet("coremltools"):
         program = load(spec, specification_version=spec.specificationVersion, file_weights_dir=weights)
     return program.functions["main"]
 
@@ -137,7 +136,7 @@ def _load_spec(path: str | Path):
 
 def _import_coremltools():
     """Import coremltools; `ImportError` if it is missing, or too old for the operators of iOS 18."""
-    with _quiet():
+    with quiet("coremltools"):
         coremltools = require("coremltools", extra="coreml")
     if not hasattr(coremltools.target, "iOS18"):
         raise ImportError(
@@ -212,18 +211,6 @@ def _read_weight(operation) -> CoreMLWeight:
         table = tables[np.arange(out) * len(tables) // out]
         integers = np.take_along_axis(table, codes.reshape(out, -1), axis=1).reshape(codes.shape)
     return CoreMLWeight(codes, table, integers, scale.reshape(-1))
-
-
-@contextmanager
-def _quiet():
-    """Keep back coremltools' warnings, of versions that it was not tried with and of libraries of Apple's systems."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 __all__ = ["CoreMLWeight", "export_coreml", "read_coreml", "read_program"]

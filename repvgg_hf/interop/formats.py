@@ -165,13 +165,18 @@ def _write_openvino(model: nn.Module, folder: Path, weights: str, image_size) ->
     return export_openvino(model, folder, image_size=image_size)
 
 
+def _fixed(image_size):
+    """Return the size of images for a file that takes one only: that of ImageNet's networks if none was given."""
+    return 224 if image_size is None else image_size
+
+
 def _write_coreml(model: nn.Module, folder: Path, weights: str, image_size) -> Path:
-    return export_coreml(model, folder, image_size=224 if image_size is None else image_size)
+    return export_coreml(model, folder, image_size=_fixed(image_size))
 
 
 def _write_torch(model: nn.Module, folder: Path, weights: str, image_size) -> Path:
     """Write a program of `torch.export` for any number of images of any size, `<folder>/torch/model.pt2`."""
-    example = torch.zeros(fixed_shape("torch", model, 224 if image_size is None else image_size, 2))
+    example = torch.zeros(fixed_shape("torch", model, _fixed(image_size), 2))
     program = export_program(model, example, dynamic=True)
     with replace_files(folder) as staging:
         (staging / "torch").mkdir()
@@ -180,11 +185,11 @@ def _write_torch(model: nn.Module, folder: Path, weights: str, image_size) -> Pa
 
 
 def _write_executorch(model: nn.Module, folder: Path, weights: str, image_size) -> Path:
-    return export_executorch(model, folder, image_size=224 if image_size is None else image_size)
+    return export_executorch(model, folder, image_size=_fixed(image_size))
 
 
 def _write_litert(model: nn.Module, folder: Path, weights: str, image_size) -> Path:
-    return export_litert(model, folder, image_size=224 if image_size is None else image_size)
+    return export_litert(model, folder, image_size=_fixed(image_size))
 
 
 def _read_coreml(path: Path) -> dict[str, np.ndarray]:

@@ -1,13 +1,13 @@
 """A quantized model as a program of `torch.export`, from which other engines' files are made."""
 
 import importlib
-import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from ..runtime.logs import quiet
 from .arguments import image_sides, require_batch_size, require_example, require_model
 from .qdq import QDQ, to_qdq
 
@@ -81,13 +81,8 @@ def load_program(path: str | Path) -> ExportedProgram:
     Raises what `torch.export.load` raises.
     """
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # makes the program's operations known
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with quiet("torch.export"):
         return torch.export.load(path)
-    finally:
-        logger.setLevel(level)
 
 
 def fixed_shape(engine: str, model: nn.Module, image_size, batch_size) -> tuple[int, int, int, int]:

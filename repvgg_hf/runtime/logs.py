@@ -1,6 +1,8 @@
 """Warnings that heed the verbosity set for Transformers."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
@@ -15,8 +17,20 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
+@contextmanager
+def quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Keep back what the logger called `name`, of another library, has to say below a `level` in a `with` block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _is_wanted(record: logging.LogRecord) -> bool:
     return record.levelno >= transformers_logging.get_verbosity()
 
 
-__all__ = ["get_logger"]
+__all__ = ["get_logger", "quiet"]

@@ -1,13 +1,12 @@
 """The model that a recipe trains, and its image processor."""
 
-import contextlib
-import logging
 from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
+from repvgg_hf.runtime.logs import quiet
 from repvgg_hf.training.labels import are_places, match_classes
 from repvgg_hf.training.processors import make_processor, with_size
 from repvgg_hf.training.splits import DataArguments, model_classes
@@ -151,7 +150,7 @@ def build_model(args: ModelArguments, labels: list[str], by_position: bool = Fal
             raise ValueError(
                 f"{name} has other classes: {error} Or pass --ignore_mismatched_sizes True to train a new classifier."
             ) from error
-        with without_report():
+        with quiet("transformers.modeling_utils"):  # which lists the weights that do not fit, as was asked for
             model = load_float(name, args.dequantize, ignore_mismatched_sizes=True, **names, **changes)
         if config.num_labels == len(labels):  # loading has kept the classifier of the other classes
             model.classifier = nn.Linear(model.classifier.in_features, len(labels), dtype=model.classifier.weight.dtype)
@@ -160,18 +159,6 @@ def build_model(args: ModelArguments, labels: list[str], by_position: bool = Fal
     if are_places(own) and len(own) == len(labels):
         return load_float(name, args.dequantize, **names, **changes)
     return load_float(name, args.dequantize, **changes)
-
-
-@contextlib.contextmanager
-def without_report():
-    """Keep Transformers from listing the weights that do not fit, where that is what was asked for."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def new_config(args: ModelArguments, names: dict) -> RepVGGConfig:

@@ -75,16 +75,12 @@ def residual_network() -> nn.Module:
     return repvgg_hf.quantize(model, bits=4, activation_bits=8, calibration=[images]).eval()
 
 
+# the least share of images with the same logits to a float sum's rounding: others have a value between two integers
+NEAR = 0.95
+
+
 def agreement(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """Return the share of images with the same first class, and that with logits within 1e-5 standard deviations."""
     same = (actual.argmax(1) == expected.argmax(1)).double().mean().item()
     near = (actual.double() - expected.double()).abs().amax(1) < 1e-5 * expected.double().std()
     return same, near.double().mean().item()
-
-
-def near_share(model: RepVGGForImageClassification) -> float:
-    """Return the least share of images that are to have the same logits, to a float sum's rounding.
-
-    The others have a value on the border between two integers. 8 bits have the most of those, as sums are finest.
-    """
-    return 0.95 if model.config.quantization_config.bits < 8 else 0.9

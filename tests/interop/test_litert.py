@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_models import SIZE, agreement, near_share, pictures, residual_network, trained, trained_float
+from engine_models import NEAR, SIZE, agreement, pictures, residual_network, trained, trained_float
 from quantized_models import repvgg
 
 from repvgg_hf import RepVGGBackbone, export_litert
@@ -52,7 +52,7 @@ def test_weights_and_logits_are_the_models(options, litert, tmp_path):
     with torch.no_grad():
         expected = model(images).logits
     same, near = agreement(logits, expected)
-    assert same == 1 and near >= near_share(model) - 1 / 64
+    assert same == 1 and near >= NEAR - 1 / 64
     assert expected.argmax(1).unique().numel() == 4
     found = read_litert(path)
     layers = {name: layer.weight.numpy() for name, layer in integer_layers(model).items()}
@@ -119,7 +119,7 @@ def test_another_network(litert, tmp_path):
     (logits,) = run(export_litert(model, tmp_path, image_size=SIZE, batch_size=len(images)), images)
     with torch.no_grad():
         same, near = agreement(logits, model(images).logits)
-    assert same == 1 and near >= 0.9
+    assert same == 1 and near >= NEAR
 
 
 class TestBadInput:
