@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from transformers import BitImageProcessor
 
 import repvgg_hf
@@ -120,3 +121,33 @@ def results() -> Results:
         ModelResult("cluster-w4", "cluster", 4, 95.0, 3108, 4.4, 360, 0, "per_tensor", True, top5=99.5, loss=0.2),
     ]
     return Results(DatasetInfo("digits", "held out"), rows)
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A folder that looks like the npm package."""
+    folder = tmp_path / "node_modules" / "onnxruntime-web"
+    (folder / "dist").mkdir(parents=True)
+    (folder / "package.json").write_text('{"name": "onnxruntime-web", "version": "9.8.7"}')
+    (folder / "dist" / "ort.wasm.bundle.min.mjs").write_text("export {};")
+    (folder / "dist" / "ort-wasm-simd-threaded.wasm").write_bytes(b"\0asm not really")
+    return folder
+
+
+@pytest.fixture
+def family(tmp_path, tiny_model, processor) -> dict[str, Path]:
+    """Checkpoint folders, given in no order, with something in place of their ONNX files."""
+    folders = {name: tmp_path / name for name in ("w2", "float", "w4")}
+    for (name, folder), bits in zip(folders.items(), (2, None, 4)):
+        tiny_model(bits).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "model.onnx").write_bytes(b"\0onnx of " + name.encode())
+    return folders
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "A cat #1.jpeg"
+    Image.new("RGB", (40, 30), "orange").save(path)
+    return path

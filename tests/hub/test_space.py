@@ -4,16 +4,14 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub.errors import HfHubHTTPError
-from loopback_store import READ_TOKEN, WRITE_TOKEN
+from loopback_store import WRITE_TOKEN
 from PIL import Image
 from transformers import BitImageProcessor, ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from repvgg_hf.hub import DatasetInfo, ModelResult, Results, publish_space, write_space
+from repvgg_hf.hub import DatasetInfo, ModelResult, Results, write_space
 from repvgg_hf.hub.space_command import main
 from repvgg_hf.hub.space_pixels import pixel_settings
 
@@ -28,51 +26,12 @@ def no_waiting(monkeypatch):
 
 
 @pytest.fixture
-def package(tmp_path) -> Path:
-    """A folder that looks like the npm package."""
-    folder = tmp_path / "node_modules" / "onnxruntime-web"
-    (folder / "dist").mkdir(parents=True)
-    (folder / "package.json").write_text('{"name": "onnxruntime-web", "version": "9.8.7"}')
-    (folder / "dist" / "ort.wasm.bundle.min.mjs").write_text("export {};")
-    (folder / "dist" / "ort-wasm-simd-threaded.wasm").write_bytes(WASM)
-    return folder
-
-
-@pytest.fixture
-def family(tmp_path, tiny_model, processor) -> dict[str, Path]:
-    """Checkpoint folders, given in no order, with something in place of their ONNX files."""
-    folders = {name: tmp_path / name for name in ("w2", "float", "w4")}
-    for (name, folder), bits in zip(folders.items(), (2, None, 4)):
-        tiny_model(bits).save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / "onnx").mkdir()
-        (folder / "onnx" / "model.onnx").write_bytes(b"\0onnx of " + name.encode())
-    return folders
-
-
-@pytest.fixture
-def picture(tmp_path) -> Path:
-    path = tmp_path / "A cat #1.jpeg"
-    Image.new("RGB", (40, 30), "orange").save(path)
-    return path
-
-
-@pytest.fixture
 def write(tmp_path, family, package):
     """`write(...)` writes the page of the family into `tmp_path / "page"`."""
 
     def run(models=None, results=None, **options):
         options = {"onnxruntime_web": package} | options
         return write_space(tmp_path / "page", family if models is None else models, results, **options)
-
-    return run
-
-
-@pytest.fixture
-def push(family, package):
-    def run(models=None, **options):
-        options = {"onnxruntime_web": package, "token": WRITE_TOKEN} | options
-        return publish_space(REPO, family if models is None else models, **options)
 
     return run
 
@@ -292,78 +251,6 @@ def test_crop_share_of_convnext():
     assert settings["resize"] == {"shortest_edge": 256} and settings["crop"] == {"height": 224, "width": 224}
     settings = pixel_settings(ConvNextImageProcessor(size={"shortest_edge": 384}, crop_pct=0.875), 3)
     assert settings["resize"] == settings["crop"] == {"height": 384, "width": 384}
-
-
-def test_published_in_one_commit_and_again_not_at_all(hub, push, picture):
-    first = push(images={"A cat": picture}, title="Bits")
-    assert first.changed and len(hub.repos[KEPT].commits) == 2 and list(hub.repos) == [KEPT]
-    files = hub.files(KEPT)
-    assert {"README.md", "index.html", "page.js", "space.json", "models/w4.onnx", "images/1.jpg"} <= files.keys()
-    assert files["onnxruntime/ort-wasm-simd-threaded.wasm"] == WASM
-    assert json.loads(files["space.json"])["title"] == "Bits"
-    hub.requests.clear()
-    second = push(images={"A cat": picture}, title="Bits")
-    assert not second.changed and second.commit == first.commit and len(hub.repos[KEPT].commits) == 2
-    assert [entry for entry in hub.requests if entry.method == "PUT" or "/commit/" in entry.path] == []
-
-
-def test_what_an_earlier_page_had_goes(hub, push, family, picture):
-    push(images={"A cat": picture})
-    hub.put(KEPT, hub.files(KEPT) | {"notes.md": b"mine"})
-    push({"w4": family["w4"]})
-    files = hub.files(KEPT)
-    assert "models/w2.onnx" not in files and "images/1.jpg" not in files
-    assert {"models/w4.onnx", "notes.md"} <= files.keys()
-
-
-def test_other_content_is_refused(hub, push):
-    hub.put(KEPT, {"app.py": b"import gradio"})
-    with pytest.raises(ValueError, match=r"holds something else than a Space of these pages \(app.py\)"):
-        push()
-    assert "index.html" not in hub.files(KEPT)
-    push(overwrite=True)
-    assert {"app.py", "index.html"} <= hub.files(KEPT).keys()
-
-
-def test_a_page_of_someone_else_is_refused_and_the_hubs_own_template_is_not(hub, push):
-    repo = hub.create(KEPT)
-    head = repo.find("main")
-    head.files |= dict.fromkeys(("index.html", "style.css", "README.md"), head.files[".gitattributes"])
-    push()  # of the first commit, which the Hub makes
-    assert "space.json" in hub.files(KEPT)
-    hub.repos.clear()
-    hub.put(KEPT, {"index.html": b"mine"})
-    with pytest.raises(ValueError, match=r"something else than a Space of these pages \(index.html\)"):
-        push()
-
-
-def test_a_public_space_is_not_taken_for_a_private_one(hub, push):
-    push()
-    with pytest.raises(ValueError, match=r"private=True, repo_type='space'\)"):
-        push(private=True)
-
-
-def test_after_a_fault_the_space_is_as_it_was(hub, push, family):
-    push({"w4": family["w4"]})
-    before = hub.files(KEPT)
-    hub.fail("POST", "/commit/", 500, times=9)
-    with pytest.raises(HfHubHTTPError, match="main is as it was"):
-        push()
-    assert hub.files(KEPT) == before
-    hub.faults.clear()
-    push()
-    assert "models/w2.onnx" in hub.files(KEPT)
-
-
-def test_a_token_without_permission_is_named(hub, push):
-    with pytest.raises(HfHubHTTPError, match="may not write to org/page"):
-        push(token=READ_TOKEN)
-
-
-def test_nothing_is_sent_for_bad_arguments(hub, push):
-    with pytest.raises(ValueError, match="npm install"):
-        push(onnxruntime_web="elsewhere")
-    assert hub.requests == []
 
 
 def test_command_writes_a_folder(tmp_path, family, package, picture, results, capsys):
