@@ -76,6 +76,11 @@ def check_source(name: str | None, dequantize: bool | None) -> None:
     It reads the configuration only: a recipe calls it before any work. No name is a new model; `dequantize` is `None`
     for a recipe that has no such option.
     """
+    if name is not None and not RepVGGConfig.get_config_dict(name)[0]:  # of which Transformers makes its defaults
+        raise ValueError(
+            f"{name} has no config.json: give a folder that a recipe or save_pretrained() wrote, or the id of a model on "
+            "the Hub."
+        )
     config = None if name is None else RepVGGConfig.from_pretrained(name)
     quantized = getattr(config, "quantization_config", None)
     if dequantize and not quantized:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repvgg_hf.training.models import ModelArguments, build_model, build_processor
+from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
 from repvgg_hf.training.processors import make_processor
 from repvgg_hf.training.splits import DataArguments
 
@@ -82,3 +82,8 @@ def test_a_checkpoints_processor_keeps_all_but_the_size(checkpoint, tmp_path):
     make_processor(24, 0.75).save_pretrained(tmp_path)
     assert build_processor(name, DataArguments()).to_dict() == make_processor(24, 0.75).to_dict()
     assert build_processor(name, DataArguments(image_size=12)).to_dict() == make_processor(12, 0.75).to_dict()
+
+
+def test_a_folder_without_configuration_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json: give a folder"):
+        check_source(str(tmp_path), None)
