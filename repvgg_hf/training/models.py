@@ -78,8 +78,8 @@ def check_source(name: str | None, dequantize: bool | None) -> None:
     """
     if name is not None and not RepVGGConfig.get_config_dict(name)[0]:  # of which Transformers makes its defaults
         raise ValueError(
-            f"{name} has no config.json: give a folder that a recipe or save_pretrained() wrote, or the id of a model on "
-            "the Hub."
+            f"{name} has no config.json: give a folder that a recipe or save_pretrained() wrote, or the id of a model "
+            "on the Hub."
         )
     config = None if name is None else RepVGGConfig.from_pretrained(name)
     quantized = getattr(config, "quantization_config", None)
