@@ -9,6 +9,7 @@
     python -m repvgg_hf.recipes.benchmarks fuse                fusing any network, checks included, against timm's own
     python -m repvgg_hf.recipes.benchmarks any_network         other networks at 4 bits without data, three libraries
     python -m repvgg_hf.recipes.benchmarks engines             int8 on every engine, against timm's fused float
+    python -m repvgg_hf.recipes.benchmarks browser             int8 against float in WebAssembly, in Chromium
     python -m repvgg_hf.recipes.benchmarks data                reading and augmenting JPEG files, against torchvision
     python -m repvgg_hf.recipes.benchmarks inference --help    the options of one of them
 
@@ -30,6 +31,7 @@ from transformers import HfArgumentParser, set_seed
 import repvgg_hf
 from repvgg_hf.recipes.benchmarks import (
     any_network,
+    browser,
     calibrate,
     data,
     engines,
@@ -52,6 +54,7 @@ BENCHMARKS = {
     "fuse": (fuse.FuseArguments, fuse.run),
     "any_network": (any_network.AnyNetworkArguments, any_network.run),
     "engines": (engines.EnginesArguments, engines.run),
+    "browser": (browser.BrowserArguments, browser.run),
     "data": (data.DataBenchmarkArguments, data.run),
 }
 

@@ -1,17 +1,20 @@
 """One training step of the branches: forward, loss, backward, SGD."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from repvgg_hf import add_oabn
 from repvgg_hf.networks.timm import from_timm
 from repvgg_hf.recipes.benchmarks.measuring import BenchmarkArguments, compare, time_alternately
 from repvgg_hf.recipes.benchmarks.peers import channels_last, check_agreement, timm_model, with_oabn
 
 OABN, PLAIN = "ours, OABN", "ours, plain batch norm"
 TIMM, TIMM_CHANNELS_LAST = "timm", "timm, channels_last"
+TIMM_BOUNDED = "timm, channels_last, add_oabn"
 
 
 @dataclass
@@ -60,6 +63,9 @@ def run_one(args: TrainStepArguments, variant: str, image_size: int, batch_size:
     bounded = with_oabn(plain).to(args.device)
 
     images = torch.randn(batch_size, 3, image_size, image_size, device=args.device)
+    theirs_bounded = copy.deepcopy(theirs)
+    add_oabn(theirs_bounded, images[:1])
+    theirs_bounded = channels_last(theirs_bounded)  # the layout that ours has
     labels = torch.randint(plain.config.num_labels, (batch_size,), device=args.device)
     images_channels_last = images.contiguous(memory_format=torch.channels_last)
     steps = {
@@ -68,6 +74,9 @@ def run_one(args: TrainStepArguments, variant: str, image_size: int, batch_size:
         PLAIN: training_step(plain, lambda: plain(images, labels=labels).loss),
         TIMM_CHANNELS_LAST: training_step(
             theirs_channels_last, lambda: F.cross_entropy(theirs_channels_last(images_channels_last), labels)
+        ),
+        TIMM_BOUNDED: training_step(
+            theirs_bounded, lambda: F.cross_entropy(theirs_bounded(images_channels_last), labels)
         ),
     }
     # the second loss, which saw a backward pass and a step; OABN is another function of the same weights
@@ -81,6 +90,7 @@ def run_one(args: TrainStepArguments, variant: str, image_size: int, batch_size:
             (OABN, PLAIN, 1.03),
             (OABN, TIMM, 1.0),
             (OABN, TIMM_CHANNELS_LAST, 1.0),
+            (TIMM_BOUNDED, OABN, 1.1),
             (PLAIN, TIMM, 1.0),
             (PLAIN, TIMM_CHANNELS_LAST, None),
         ],

@@ -16,9 +16,9 @@ from PIL import Image
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.hub import DatasetInfo, ModelResult, Results, write_space
 from repvgg_hf.hub.space import HEADERS
+from repvgg_hf.recipes.benchmarks.chromium import Chromium, find_chromium, find_onnxruntime_web, serve
 
 sys.path.insert(0, str(Path(__file__).parent))
-from chromium import Chromium, find_chromium, find_onnxruntime_web, serve  # noqa: E402
 from page_helpers import BITS, DONE, PROCESSOR, draw  # noqa: E402
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 
 import pytest
-from chromium import Chromium, serve
 from page_helpers import (
     BITS,
     DONE,
@@ -23,6 +22,7 @@ from page_helpers import (
 from PIL import Image
 
 from repvgg_hf.hub.space_pixels import pixel_settings
+from repvgg_hf.recipes.benchmarks.chromium import Chromium, serve
 
 SETTINGS = pixel_settings(PROCESSOR, 3)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from repvgg_hf.recipes.benchmarks.chromium import find_chromium, find_onnxruntime_web
+
 pytest.importorskip("timm", reason="the benchmarks compare with timm")
 
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"
@@ -20,10 +22,11 @@ COMMANDS = {
     "fuse": "--architectures repghostnet_050 --image_size 32",
     "any_network": "--architectures test_resnet --image_size 64 --images 2 --peers none",
     "engines": "--variant cifar --image_size 32 --batch_sizes 1 --engines onnxruntime --method uniform",
+    "browser": "--variant cifar --image_size 32 --images 16",
     "data": "--images 6 --image_size 32 --batch_size 2 --workers 0",
 }
 RUNS = {"inference": 2, "train_step": 1, "load": 4, "qat": 1, "quantize": 5, "calibrate": 2, "fuse": 2, "data": 2}
-RUNS["any_network"], RUNS["engines"] = 3, 3
+RUNS["any_network"], RUNS["engines"], RUNS["browser"] = 3, 3, 1
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -31,12 +34,14 @@ def record(request, tmp_path_factory, run):
     name = request.param
     for package in NEEDED.get(name, []):
         pytest.importorskip(package)
+    if name == "browser" and not (find_chromium() and find_onnxruntime_web()):
+        pytest.skip("needs Chromium and the npm package onnxruntime-web")
     output = tmp_path_factory.mktemp(name) / "record.json"
     run("benchmarks", name, *SMALL.split(), *COMMANDS[name].split(), "--output_json", output)
     return json.loads(output.read_text())
 
 
-NEEDED = {"engines": ["onnxruntime", "onnxscript"]}
+NEEDED = {"engines": ["onnxruntime", "onnxscript"], "browser": ["onnxruntime", "onnxscript"]}
 
 
 def test_record_says_how_it_was_made(record):
@@ -65,7 +70,7 @@ def test_every_time_is_recorded(record):
 
 
 def test_unknown_benchmark_is_told_which_there_are(run):
-    assert "inference, train_step, load, qat, quantize, calibrate, fuse, any_network, engines, data" in run(
+    assert "inference, train_step, load, qat, quantize, calibrate, fuse, any_network, engines, browser, data" in run(
         "benchmarks", "speed", expect=1
     )
 

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive over a pipe, by the DevTools protocol, and a server of one folder."""
+"""A headless Chromium that is driven over a pipe, by the DevTools protocol, and a server of one folder."""
 
 import base64
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = [
     "--headless=new",
-    "--no-sandbox",  # tests may run as root, in a container
+    "--no-sandbox",  # which root may not, and in a container often nobody
     "--disable-dev-shm-usage",
     "--no-first-run",
     "--disable-background-networking",
@@ -25,7 +25,7 @@ OPTIONS = [
     "--hide-scrollbars",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no server but the test's
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no server but our own
     "--remote-debugging-pipe",
 ]
 
