@@ -35,7 +35,7 @@ QAT_SWITCHES = "--blend_ratio 0.5 --activation_bits 8 --calibration_images 16"
 # name: recipe, its options, processes, and how many of the points by default
 RUNS = {
     "qat": ("qat", f"{QAT} {QAT_SWITCHES}", 1, None),
-    "train": ("train", TINY, 1, None),
+    "train": ("train", f"{TINY} --ema_decay 0.5", 1, None),
     "train_by_steps": ("train", f"{TINY} --save_strategy steps --save_steps 3 --eval_strategy no", 1, 12),
     "qat_workers": ("qat", f"{QAT} --dataloader_num_workers 2", 1, 6),
     "qat_two_processes": ("qat", QAT, 2, 12),

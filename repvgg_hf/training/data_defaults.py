@@ -13,6 +13,8 @@ LOOKED_AT = 64  # pictures whose sides are read
 LARGEST_SIDE, STEP = 224, 32  # pixels
 NEW_STEPS, TUNED_STEPS = 1200, 400  # optimizer steps of a new model, and of a checkpoint that is trained on
 NEW_EPOCHS, TUNED_EPOCHS = 20, 5  # epochs that a large set is trained on at least
+# peak learning rates for batches of 64 images: of a new model, a checkpoint, and one that gets a new classifier
+NEW_RATE, TUNED_RATE, NEW_CLASSIFIER_RATE = 0.1, 0.01, 0.02
 EVALUATIONS = 25  # in a training of many short epochs
 
 
@@ -44,6 +46,15 @@ def suggest_image_size(split: ImageSplit) -> int:
     return min(LARGEST_SIDE, STEP * round(side / STEP))
 
 
+def suggest_pretrained_size(split: ImageSplit, side: int) -> int:
+    """Return the size of a split's pictures for a network that was trained with images of `side` pixels.
+
+    It is the pictures' own, see [`suggest_image_size`], but at most `side`, and at least about half of it: in smaller
+    ones the network's last maps have hardly a pixel, and nothing looks as it did in its training.
+    """
+    return min(side, max(suggest_image_size(split), STEP * -(-side // (2 * STEP))))
+
+
 def suggest_strides(image_size: int, stages: int) -> tuple[int, list[int]]:
     """Return (stride of the stem, those of the stages) of a new model, whose last maps have a side of 5 to 14.
 
@@ -54,7 +65,13 @@ def suggest_strides(image_size: int, stages: int) -> tuple[int, list[int]]:
 
 
 def suggest_plan(
-    images: int, from_checkpoint: bool, batch_size: int | None, epochs: float | None, processes: int, accumulated: int
+    images: int,
+    from_checkpoint: bool,
+    batch_size: int | None,
+    epochs: float | None,
+    processes: int,
+    accumulated: int,
+    new_classifier: bool = False,
 ) -> TrainingPlan:
     """Return the plan for so many training images: 20 epochs, or as many as make 1,200 steps of them.
 
@@ -64,14 +81,15 @@ def suggest_plan(
         batch_size, epochs: what the user wants, or `None`.
         processes: that share each step.
         accumulated: batches of each process per step.
+        new_classifier: whether the trained model gets one, which has further to go.
     """
     batch_size = batch_size or (32 if images < 3000 else 64 if images < 30000 else 128)
     steps = steps_per_epoch(images, batch_size, processes, accumulated)
     if epochs is None:
         wanted, least = (TUNED_STEPS, TUNED_EPOCHS) if from_checkpoint else (NEW_STEPS, NEW_EPOCHS)
         epochs = max(least, -(-wanted // steps))
-    rate = (0.01 if from_checkpoint else 0.1) * batch_size / 64  # as for the digits, by the images of a batch
-    return TrainingPlan(batch_size, rate, epochs, max(1, -(-int(epochs) // EVALUATIONS)))
+    rate = (NEW_CLASSIFIER_RATE if new_classifier else TUNED_RATE) if from_checkpoint else NEW_RATE
+    return TrainingPlan(batch_size, rate * batch_size / 64, epochs, max(1, -(-int(epochs) // EVALUATIONS)))
 
 
 def steps_per_epoch(images: int, batch_size: int, processes: int, accumulated: int) -> int:

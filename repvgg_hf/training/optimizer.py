@@ -1,6 +1,8 @@
 """The optimizer of float and quantization-aware training, and the moving average of what it trains."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -45,12 +47,33 @@ class MovingAverage(nn.Module):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move the average towards `model`; call it after each optimizer step."""
-        averages = [*self.module.parameters(), *self.module.buffers()]
-        values = [value.detach() for value in (*model.parameters(), *model.buffers())]
-        pairs = [(mean, value.to(mean.device)) for mean, value in zip(averages, values, strict=True)]
+        values = [value.detach() for value in _tensors(model)]
+        pairs = [(mean, value.to(mean.device)) for mean, value in zip(_tensors(self.module), values, strict=True)]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         if floats:
             torch._foreach_lerp_(*map(list, zip(*floats)), 1 - self.decay)
         for mean, value in pairs:
             if not mean.is_floating_point():
                 mean.copy_(value)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give `model` the averages as its own parameters and buffers."""
+        for mean, value in zip(_tensors(self.module), _tensors(model), strict=True):
+            value.copy_(mean)
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """Give `model` the averages inside a `with` block, and what it had back after it."""
+        before = [value.detach().clone() for value in _tensors(model)]
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for kept, value in zip(before, _tensors(model), strict=True):
+                    value.copy_(kept)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -18,8 +18,9 @@ LISTED = 8  # differences that an error names
 SAMPLED = 16  # images of a dataset whose pixels are compared, evenly spaced, with the first and the last one
 # options that change no weights, or that name what is compared by its content
 UNRELATED = {
-    "model_name_or_path", "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "image_column_name",
-    "label_column_name", "output_dir", "resume_from_checkpoint", "report_to", "per_device_eval_batch_size",
+    "model_name_or_path", "pretrained", "dataset_name", "dataset_config_name", "train_dir", "validation_dir",
+    "image_column_name", "label_column_name", "output_dir", "resume_from_checkpoint", "report_to",
+    "per_device_eval_batch_size",
 }  # fmt: skip
 
 

@@ -1,29 +1,61 @@
-"""`Trainer` for images: its last batch of an epoch is never a single one, and it saves no secrets."""
+"""`Trainer` for images: no batch of one image, classes that count alike, a moving average, no secrets on disk."""
 
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from repvgg_hf.training.batches import leaves_one_image
+from repvgg_hf.training.optimizer import MovingAverage
 from repvgg_hf.training.report import MASK, is_secret
+
+AVERAGE = "average.pt"  # in a checkpoint: the moving average of the weights
+
+
+class AverageUpdates(TrainerCallback):
+    """Moves an average towards the model after each step, faster in the first ones, when the weights are far away.
+
+    Args:
+        average: the moving average.
+    """
+
+    def __init__(self, average: MovingAverage):
+        self.average, self.decay = average, average.decay
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # as in timm and TensorFlow; it depends on the step alone, so that an interrupted training goes on with the same
+        self.average.decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        self.average.update_parameters(model)
 
 
 class ImageTrainer(Trainer):
     """A `Trainer` that drops the last batch of an epoch if it is a single image, see [`leaves_one_image`].
 
-    Tokens are masked in the `training_args.bin` that it saves with each checkpoint.
+    Tokens are masked in the `training_args.bin` that it saves with each checkpoint. With a moving average of the
+    weights that one is evaluated, and is the model when the training has ended; checkpoints have both.
 
     Args:
         class_weights: what an image of each class counts in the loss of training, floating `[classes]`.
         soft_labels: whether the training labels are shares of the classes, floating `[batch, classes]`.
+        ema_decay: share of the moving average that each step keeps; 0 for none.
         args, kwargs: those of `Trainer`.
     """
 
-    def __init__(self, *args, class_weights: torch.Tensor | None = None, soft_labels: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        class_weights: torch.Tensor | None = None,
+        soft_labels: bool = False,
+        ema_decay: float = 0.0,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.average = MovingAverage(self.model, ema_decay) if ema_decay else None
+        if self.average is not None:
+            self.add_callback(AverageUpdates(self.average))
         self.class_weights, self.own_loss = class_weights, soft_labels or class_weights is not None
         if self.own_loss:
             self.loss_is_scaled_for_ga = False  # a mean of the batch
@@ -48,6 +80,33 @@ class ImageTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = asked
 
+    def train(self, *args, **kwargs):
+        """Train, and give the model the average of its weights at the end."""
+        output = super().train(*args, **kwargs)
+        if self.average is not None:
+            self.average.copy_to(self.model)
+            self.average = None
+        return output
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate the average of the weights."""
+        if self.average is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self.average.in_place(self.model):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_average(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str) -> None:
+        if self.average is not None:
+            self.average.load_state_dict(torch.load(Path(checkpoint) / AVERAGE, map_location="cpu", weights_only=True))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         arguments, self.args = self.args, copy.copy(self.args)
         try:
@@ -55,5 +114,7 @@ class ImageTrainer(Trainer):
                 if is_secret(name) and isinstance(value, str):
                     setattr(self.args, name, MASK)
             super()._save(output_dir, state_dict)
+            if self.average is not None and self.args.should_save:
+                torch.save(self.average.state_dict(), Path(output_dir or self.args.output_dir) / AVERAGE)
         finally:
             self.args = arguments

@@ -27,7 +27,7 @@ RESULTS = "train_results.json"  # what a run writes last
 _OF_A_RUN = (RESULTS, "config.json", "*.safetensors", "training_args.bin", "preprocessor_config.json", "checkpoint-*")
 # options of `TrainingArguments` that change no weights, by how they begin
 _UNRELATED = (
-    "output_dir", "resume_from", "log", "report_to", "run_name", "project", "trackio", "hub", "push_to_hub", "save",
+    "output_dir", "resume_from", "log", "report", "run_name", "project", "trackio", "hub", "push_to_hub", "save",
     "do_", "disable_tqdm", "skip_memory", "include_", "prediction_loss", "restore_callback", "dataloader_pin",
     "dataloader_persistent", "dataloader_prefetch", "per_device_eval", "eval_accumulation", "load_best",
     "metric_for_best", "greater_is_better", "enable_jit_checkpoint", "ddp_timeout", "fp16_full_eval", "bf16_full_eval",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, TrainerState
 
+from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.recipes import train
 
 SMALL = "--stem_hidden_size 8 --hidden_sizes 8 16 --depths 1 1".split()
@@ -64,8 +66,9 @@ def test_it_says_what_it_found_did_and_what_is_next(photos, trained):
         f"The model in {folder} is right on {figures['eval_top1']:.1f} % of 12 validation images (95 % interval "
         f"{low:.1f} to {high:.1f} %)."
     )
-    assert lines[4].startswith(f"Next: repvgg-hf quantize --model_name_or_path {folder} --dataset_name {photos} --bits")
-    assert len(lines) == 5  # no bars, no warnings of libraries
+    assert lines[4] == f"Report: {folder}/report.html and report.png."
+    assert lines[5].startswith(f"Next: repvgg-hf quantize --model_name_or_path {folder} --dataset_name {photos} --bits")
+    assert len(lines) == 6  # no bars, no warnings of libraries
 
 
 def test_the_same_options_by_name_give_the_same_weights(photos, trained, tmp_path):
@@ -166,11 +169,64 @@ def test_oabn_of_a_checkpoint_is_switched_when_asked(photos, trained, tmp_path):
 
 
 def test_oabn_of_fused_branches_is_refused(photos, trained, tmp_path):
-    from repvgg_hf import RepVGGForImageClassification
-
     RepVGGForImageClassification.from_pretrained(trained[0]).reparameterize().save_pretrained(tmp_path / "fused")
     with pytest.raises(ValueError, match="--oabn bounds branches, and those of .* are fused"):
         call(photos, "--model_name_or_path", tmp_path / "fused", "--oabn", "True", "--output_dir", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def network(trained, tmp_path_factory):
+    """A network of plain batch normalization with a large identity branch."""
+    model = RepVGGForImageClassification.from_pretrained(trained[0], oabn=False)
+    weights = [value for name, value in model.named_parameters() if "identity.norm.weight" in name]
+    assert weights
+    for weight in weights:
+        weight.data.fill_(3.0)
+    folder = tmp_path_factory.mktemp("network")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_start_with_an_average_goes_on_to_the_same_weights(photos, network, tmp_path, capsys):
+    """The bound closes in until the third of six steps: after the second, of which a checkpoint is left."""
+    options = [photos, "--pretrained", network, "--num_train_epochs", 2, "--per_device_train_batch_size", 8]
+    options += ["--save_steps", 2, "--save_strategy", "steps", "--eval_strategy", "no", "--ema_decay", 0.9, "--use_cpu"]
+    call(*options, "--output_dir", tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"OABN at 6 standard deviations bounds [1-9]\d* of 40 channels of the pretrained branches", lines[1]
+    )
+    assert lines[2].startswith("The bound closes in until step 3, before which")
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    call(*options, "--output_dir", tmp_path / "other", "--save_total_limit", 5)
+    shutil.copytree(tmp_path / "other" / "checkpoint-2", tmp_path / "early" / "checkpoint-2")
+    expected = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for name in ("resumed", "early"):
+        call(*options, "--output_dir", tmp_path / name, "--resume_from_checkpoint")
+        assert (tmp_path / name / "model.safetensors").read_bytes() == expected
+    assert not (tmp_path / "run" / "average.pt").exists()
+    # checkpoints have the weights and their average, which is the model in the end
+    last = tmp_path / "run" / "checkpoint-6"
+    average, weights = torch.load(last / "average.pt"), load_file(last / "model.safetensors")
+    for key, tensor in load_file(tmp_path / "run" / "model.safetensors").items():
+        assert torch.equal(average[f"module.{key}"], tensor)
+    assert not torch.equal(weights["classifier.weight"], average["module.classifier.weight"])
+
+
+def test_without_a_report(photos, tmp_path, capsys):
+    call(
+        photos,
+        *SMALL,
+        "--max_steps",
+        1,
+        "--per_device_train_batch_size",
+        8,
+        "--report",
+        "False",
+        "--output_dir",
+        tmp_path,
+    )
+    assert not list(tmp_path.glob("report*")) and "Report" not in capsys.readouterr().out
 
 
 def test_the_best_evaluation_is_kept_and_said_to_be_it(photos, tmp_path, capsys):
@@ -183,7 +239,9 @@ def test_the_best_evaluation_is_kept_and_said_to_be_it(photos, tmp_path, capsys)
         "--early_stopping_patience",
         "2",
     ]
-    figures = call(photos, *options, "--mixing", "both", "--class_weights", "True", "--output_dir", tmp_path)
+    figures = call(
+        photos, *options, "--mixing", "both", "--class_weights", "True", "--ema_decay", 0.5, "--output_dir", tmp_path
+    )
     states = [TrainerState.load_from_json(path) for path in tmp_path.glob("checkpoint-*/trainer_state.json")]
     last = max(states, key=lambda state: state.global_step)
     accuracies = [line["eval_top1"] for line in last.log_history if "eval_top1" in line]

@@ -50,6 +50,8 @@ def test_what_is_given_stays():
     assert (plan.batch_size, plan.epochs, plan.evaluate_every) == (16, 3, 1)
     tuned = suggest_plan(180, True, None, None, processes=1, accumulated=1)
     assert tuned.epochs == 67 and tuned.learning_rate == pytest.approx(0.005)
+    again = suggest_plan(180, True, None, None, processes=1, accumulated=1, new_classifier=True)
+    assert again.epochs == 67 and again.learning_rate == pytest.approx(0.01)
 
 
 def test_the_line_about_the_data(image_folder):
