@@ -7,7 +7,7 @@ trains one with quantized weights; `methods.py` says what each method does. May 
 from . import methods  # noqa: F401  registers what the methods do
 from .api import dequantize, prepare_qat, quantize
 from .ptq.config import CalibrationConfig
-from .qat.callback import QATCallback, update_codebooks
+from .qat.callback import QATCallback, update_codebooks, warn_of_unmoved_codebooks
 from .qat.config import QATConfig
 from .qat.distillation import Distillation
 from .qat.prepare import restore_qat, settle_qat
@@ -26,4 +26,5 @@ __all__ = [
     "save_quantized",
     "settle_qat",
     "update_codebooks",
+    "warn_of_unmoved_codebooks",
 ]

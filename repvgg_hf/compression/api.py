@@ -25,6 +25,7 @@ from ..runtime.marker import has_own_code
 from ..runtime.options import unknown_option
 from ..runtime.quantization_cluster import ClusterConfig, QuantizationOptions
 from ..runtime.quantization_methods import METHODS
+from ..runtime.tensors import require_bare
 from .codebooks.bias import settle_bias
 from .layers import (
     QuantizedLayer,
@@ -38,6 +39,7 @@ from .ptq.calibrate import calibrate
 from .ptq.config import CalibrationConfig
 from .ptq.data import CalibrationData
 from .ptq.input_ranges import observe_ranges
+from .qat.callback import warn_of_unmoved_codebooks
 from .qat.config import QATConfig, check_qat_options
 from .qat.prepare import (
     add_quantizers,
@@ -93,12 +95,14 @@ def quantize(model, method=None, bits=None, *, calibration=None, calibration_con
         raise ValueError(
             "The model was prepared for QAT, which fixed how it is quantized: call quantize() without arguments."
         )
-    if not trained:
+    if trained:
+        warn_of_unmoved_codebooks(model)
+    else:
         _refuse_lost_training(model)
     settle_outlier_bounds(model)
     fused, layers = fused_layers(model)
     if fused:
-        logger.warning("Fusing the branches of %d blocks before quantizing.", len(fused))
+        logger.info("Fusing the branches of %d blocks before quantizing.", len(fused))
     if trained:
         config, quantized = model.qat_settings[0], _trained_layers(model, layers, trained)
     else:
@@ -181,6 +185,7 @@ def dequantize(model, dtype=None):
       (0): Linear(in_features=8, out_features=4, bias=True)
     )
     ```"""
+    require_bare(model)
     if not cluster_layers(model):
         raise ValueError(f"{type(model).__name__} has no quantized layer: it is float already.")
     if getattr(model, "hf_quantizer", None) is not None:
@@ -197,6 +202,7 @@ def dequantize(model, dtype=None):
 
 def _require_float(model, problem: str) -> None:
     """Raise `ValueError` for a `model` that is quantized, by this package, with the `problem`, or by another."""
+    require_bare(model)
     config = getattr(model, "quantization_config", None) or getattr(
         getattr(model, "config", None), "quantization_config", None
     )

@@ -20,7 +20,7 @@ from ..runtime.layer_swaps import (
 )
 from ..runtime.quantization_cluster import ClusterConfig
 from ..runtime.saving import finish, replace_files
-from ..runtime.tensors import require_in_memory
+from ..runtime.tensors import require_bare, require_in_memory
 
 WEIGHTS, CONFIG = "model.safetensors", "quantization_config.json"
 
@@ -179,6 +179,7 @@ def _settings(config: ClusterConfig) -> dict:
 
 
 def _require_plain(model: nn.Module, fix: str) -> None:
+    require_bare(model)
     if isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is a model of Transformers: {fix}.")
 

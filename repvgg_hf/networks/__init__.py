@@ -2,8 +2,8 @@
 
 May import runtime/ alone. What `fuse` does, in the order of the files: `recording.py` notes one forward pass,
 `operations.py` says what each node of it computes, `regions.py` finds which of them are one convolution together,
-`equivalent.py` computes that convolution and checks it, `placement.py` says where it goes, and `verifying.py` sees that
-nothing else has changed.
+`equivalent.py` computes that convolution and checks it, `placement.py` says where it goes, `folding.py` takes
+norms behind other layers into these, and `verifying.py` sees that nothing else has changed.
 
 Checkpoints: `timm.py` takes models of timm, RepVGG by `repvgg_names.py` and all others by `timm_wrapper.py`, and gives
 RepVGG back; `original.py` takes the authors' files, which `weight_files.py` reads.

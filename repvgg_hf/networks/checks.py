@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..runtime.cluster_layers import ClusterLayer
-from ..runtime.tensors import require_in_memory
+from ..runtime.tensors import require_bare, require_in_memory, require_module
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _FOLLOWS_BATCHES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)  # other than in eval mode
@@ -13,8 +13,7 @@ _FOLLOWS_BATCHES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutN
 
 def check_can_be_fused(model: nn.Module, tolerance: float) -> None:
     """Raise `TypeError` or `ValueError` for a model that can't be fused, or a tolerance that is none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
+    require_module(model)
     if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool) or not tolerance > 0:
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}.")
     check_can_be_recorded(model)
@@ -29,11 +28,7 @@ def check_can_be_fused(model: nn.Module, tolerance: float) -> None:
 
 def check_can_be_recorded(model: nn.Module) -> None:
     """Raise `ValueError` naming the first module or weight with which no forward pass can be recorded."""
-    compiled = hasattr(model, "_orig_mod") or isinstance(model, torch.jit.ScriptModule)
-    if compiled:
-        raise ValueError(
-            f"The model is compiled ({type(model).__name__}): give the model itself, and compile what comes of it."
-        )
+    require_bare(model)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(parameter):
             raise ValueError(

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from ..runtime.modeling_reparameterized import ReparameterizedPreTrainedModel
 from ..runtime.reparameterization import ReparamConv2d
 from .checks import check_can_be_fused
 from .equivalent import convolution_of, error_of, kernel_of
+from .folding import fold_norms
 from .oabn import settle_outlier_bounds
 from .operations import Convolution, uses_batch_statistics
-from .placement import Edit, Placement
+from .placement import Edit, Found, Placement
 from .recording import arguments_of, record, tensors_in
 from .regions import Graph, Region
 from .report import FusedRegion, FuseReport
@@ -32,7 +32,8 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branch
     One forward pass is recorded. Wherever convolutions, per-channel affine operations (batch norm in eval mode,
     scales, shifts) and sums have one source and one result, and one convolution costs no more, that convolution takes
     their place: this folds batch norms, and fuses the branches of RepVGG, MobileOne, RepViT, FastViT, ACB, DBB and the
-    like, whoever's code it is.
+    like, whoever's code it is. Batch norms right behind linear, transposed, one- and three-dimensional layers are
+    folded into these.
 
     Args:
         model (`nn.Module`): in eval mode, in memory, not quantized. A RepVGG of this package is fused by its own
@@ -120,18 +121,7 @@ def _error(block: ReparamConv2d) -> float:
     return ((block.convolve(x, *block.equivalent()) - expected).abs().max() / expected.abs().max()).item()
 
 
-@dataclass
-class _Found:
-    """A region with its convolution, and the entries that say what becomes of which module."""
-
-    nodes: frozenset[int]  # the last of which is its result
-    source: int
-    region: FusedRegion
-    entries: list[dict]
-    convolution: nn.Conv2d
-
-
-def _put_blocks(model: nn.Module, maker: BlockMaker, found: list[_Found]) -> None:
+def _put_blocks(model: nn.Module, maker: BlockMaker, found: list[Found]) -> None:
     """Put blocks of branches in the place of fused convolutions, where they are known."""
     names = {module: name for name, module in model.named_modules()}
     for one in found:
@@ -143,13 +133,13 @@ def _put_blocks(model: nn.Module, maker: BlockMaker, found: list[_Found]) -> Non
 
 def _find(
     model: nn.Module, graph: Graph, tolerance: float, refused: dict[frozenset[int], str]
-) -> tuple[list[_Found], list[FusedRegion]]:
+) -> tuple[list[Found], list[FusedRegion]]:
     """Choose the largest regions that can be fused, do not overlap and are right; returns them, and others with why.
 
     `refused` has the nodes of regions that are to be left, with the reason.
     """
     placement = Placement(model, graph)
-    found: list[tuple[int, _Found]] = []
+    found: list[tuple[int, Found]] = []
     left: dict[int, tuple[frozenset[int], FusedRegion]] = {}
     used: set[int] = set()
     for region in graph.candidates():
@@ -159,20 +149,26 @@ def _find(
         reason = refused.get(nodes) or placement.reason_to_leave(region)
         edits = placement.find(region) if reason is None else reason
         result = edits if isinstance(edits, str) else _compute(graph, region, edits, placement, tolerance)
-        if isinstance(result, _Found):
+        if isinstance(result, Found):
             used |= nodes
             found.append((region.result, result))
         elif not any(nodes < others for others, _ in left.values()):
             method, error, why = result if isinstance(result, tuple) else (None, None, result)
             report = FusedRegion(_region_name(graph, region), _parts(graph, region), method, error, why)
             left.setdefault(region.result, (nodes, report))
+    for nodes, fold in fold_norms(graph, placement, tolerance, refused):
+        if isinstance(fold, Found) and not nodes & used:
+            used |= nodes
+            found.append((max(nodes), fold))
+        elif isinstance(fold, FusedRegion):
+            left.setdefault(max(nodes), (nodes, fold))
     found.sort(key=lambda entry: entry[0])
     return [entry for _, entry in found], [entry for nodes, entry in left.values() if not nodes <= used]
 
 
 def _compute(
     graph: Graph, region: Region, edits: dict[str, Edit], placement: Placement, tolerance: float
-) -> _Found | tuple[str, float, str]:
+) -> Found | tuple[str, float, str]:
     """Compute and check a region's convolution; returns method, error and reason if it is not exact enough."""
     kernel, method = kernel_of(graph, region)
     error = error_of(graph, region, kernel)
@@ -186,7 +182,7 @@ def _compute(
         entries.append(describe_convolution(place, convolution, edit.then) if place == name else entry)
         others = [other for other in placement.names[id(placement.modules[place])] if other != place]
         entries += [{"name": other, "kind": "alias", "of": place} for other in others]
-    return _Found(
+    return Found(
         region.form.nodes,
         region.form.source,
         FusedRegion(name, _parts(graph, region), method, error),
@@ -229,7 +225,7 @@ def _batch_statistics(graph: Graph) -> list[FusedRegion]:
 
 
 def _put(
-    model: nn.Module, example: Any, graph: Graph, expected: Any, found: list[_Found]
+    model: nn.Module, example: Any, graph: Graph, expected: Any, found: list[Found]
 ) -> tuple[float, dict[frozenset[int], str]]:
     """Replace the modules, and see that the model computes the same around them.
 
@@ -244,7 +240,7 @@ def _put(
         if not isinstance(outcome, str):
             return outcome, {}
         _restore(model, undo)
-        good: list[_Found] = []
+        good: list[Found] = []
         broken, error = {}, 0.0
         for one in found:  # which of them is it?
             before = len(undo)
@@ -264,7 +260,7 @@ def _put(
     return error, broken
 
 
-def _replace(model: nn.Module, found: list[_Found]) -> list[tuple[str, nn.Module]]:
+def _replace(model: nn.Module, found: list[Found]) -> list[tuple[str, nn.Module]]:
     entries = [entry for one in found for entry in one.entries]
     return replace_modules(model, entries, {one.region.name: one.convolution for one in found})
 
@@ -275,7 +271,7 @@ def _restore(model: nn.Module, undo: list[tuple[str, nn.Module]], start: int = 0
     del undo[start:]
 
 
-def _outcome(model: nn.Module, example: Any, graph: Graph, expected: Any, found: list[_Found]) -> float | str:
+def _outcome(model: nn.Module, example: Any, graph: Graph, expected: Any, found: list[Found]) -> float | str:
     """Return how much the outputs for the example differ from those `expected`, or what is wrong with the model."""
     try:
         after = record(model, example)

@@ -35,15 +35,27 @@ class OutlierBounds:
 
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:
-        """Clip the norm weights of every bounded branch of `model`, in place, for the statistics that it has now."""
-        for branches in self.present(model):
-            # parallel dense branches are near independent: their variances add
-            variance = sum(_contribution_variance(model, branch) for branch in branches.dense)
-            bound = self.threshold * variance.sqrt()
-            for branch in branches.others:
-                norm = model.get_submodule(branch.norm)
-                limit = bound * (norm.running_var + norm.eps).sqrt() / _largest_entry(model, branch)
-                norm.weight.copy_(torch.maximum(torch.minimum(norm.weight, limit), -limit))
+        """Clip the norm weights of every bounded branch of `model`, in place, for the statistics that it has now.
+
+        All sums are computed side by side: on an accelerator a step is as long as the number of its small kernels.
+        """
+        present = self.present(model)
+        if not present:
+            return
+        variances = iter(_contribution_variances(model, [branch for one in present for branch in one.dense]))
+        # parallel dense branches are near independent: their variances add
+        bounds = [self.threshold * sum(next(variances) for _ in one.dense).sqrt() for one in present]
+        others = [(branch, bound) for one, bound in zip(present, bounds) for branch in one.others]
+        norms = [model.get_submodule(branch.norm) for branch, _ in others]
+        limits = torch._foreach_mul(_deviations(norms), [bound for _, bound in others])
+        with_kernel = [number for number, (branch, _) in enumerate(others) if branch.convolution is not None]
+        if with_kernel:
+            largest = [_largest_entry(model, others[number][0]) for number in with_kernel]
+            torch._foreach_clamp_min_(largest, 1e-12)
+            torch._foreach_div_([limits[number] for number in with_kernel], largest)
+        weights = [norm.weight for norm in norms]
+        clipped = torch._foreach_maximum(torch._foreach_minimum(weights, limits), torch._foreach_neg(limits))
+        torch._foreach_copy_(weights, clipped)
 
     def present(self, model: nn.Module) -> list[BranchSum]:
         """Return the sums that `model` still has: others are in a part that was fused by itself, as they were then."""
@@ -223,23 +235,32 @@ def _record_in_eval_mode(model: nn.Module, example: Any):
             module.training = training
 
 
-def _contribution_variance(model: nn.Module, branch: NormedBranch) -> torch.Tensor:
-    """Return the variance of the entries of what a dense branch adds to the fused kernel, 0-dim.
+def _deviations(norms: list[nn.Module]) -> list[torch.Tensor]:
+    """Return what each norm divides by, `[out]`."""
+    variances = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+    return torch._foreach_sqrt(variances)
 
-    It is computed from sums per channel, which read the kernel twice and allocate nothing of its size.
+
+def _contribution_variances(model: nn.Module, branches: list[NormedBranch]) -> list[torch.Tensor]:
+    """Return the variances of the entries of what dense branches add to their fused kernels, 0-dim each.
+
+    They are computed from sums per channel, which read a kernel twice and allocate nothing of its size.
     """
-    norm, kernel = model.get_submodule(branch.norm), kernel_of(model.get_submodule(branch.convolution))
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    total = (scale * kernel.sum(dim=(1, 2, 3))).sum()
-    square = (scale * torch.linalg.vector_norm(kernel, dim=(1, 2, 3))).square().sum()
-    return (square - total**2 / kernel.numel()).clamp_min(0) / (kernel.numel() - 1)
+    norms = [model.get_submodule(branch.norm) for branch in branches]
+    kernels = [kernel_of(model.get_submodule(branch.convolution)) for branch in branches]
+    scales = torch._foreach_div([norm.weight for norm in norms], _deviations(norms))
+    totals = torch._foreach_mul(scales, [kernel.sum(dim=(1, 2, 3)) for kernel in kernels])
+    lengths = torch._foreach_mul(scales, [torch.linalg.vector_norm(kernel, dim=(1, 2, 3)) for kernel in kernels])
+    counts = [kernel.numel() for kernel in kernels]
+    means = torch._foreach_div([total.sum() for total in totals], [count**0.5 for count in counts])
+    squares = torch._foreach_pow(torch._foreach_norm(lengths), 2)
+    variances = torch._foreach_sub(squares, torch._foreach_pow(means, 2))
+    return torch._foreach_div(torch._foreach_clamp_min(variances, 0), [count - 1 for count in counts])
 
 
-def _largest_entry(model: nn.Module, branch: NormedBranch) -> torch.Tensor | float:
+def _largest_entry(model: nn.Module, branch: NormedBranch) -> torch.Tensor:
     """Return the largest magnitude in a branch's kernel before its norm, for each output channel `[out]`."""
-    if branch.convolution is None:
-        return 1.0
-    return kernel_of(model.get_submodule(branch.convolution)).abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
+    return kernel_of(model.get_submodule(branch.convolution)).abs().amax(dim=(1, 2, 3))
 
 
 __all__ = ["OABNReport", "OutlierBounds", "add_oabn", "settle_outlier_bounds"]

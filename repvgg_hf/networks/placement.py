@@ -16,6 +16,7 @@ from ..runtime.fused_structure import CONVOLUTION
 from .operations import OPERATORS, Affine, Convolution, Sum
 from .recording import Call
 from .regions import Graph, Region
+from .report import FusedRegion
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,17 @@ class Edit:
 
     kind: str
     then: tuple[str, ...] = ()
+
+
+@dataclass
+class Found:
+    """A region with what takes its place, and the entries that say what becomes of which module."""
+
+    nodes: frozenset[int]  # the last of which is its result
+    source: int
+    region: FusedRegion
+    entries: list[dict]
+    convolution: nn.Module
 
 
 class Placement:

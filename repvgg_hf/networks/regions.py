@@ -160,12 +160,17 @@ class Graph:
         if not any(isinstance(operation, Convolution) and not operation.pools for operation in operations):
             return False
         last = self.operations[number]
-        if isinstance(last, Linear) or (isinstance(last, Affine) and last.is_identity):
+        if isinstance(last, Linear) or (isinstance(last, Affine) and last.is_identity and not self._is_inside(number)):
             return False
         if self._belongs_before(form.source) or self._begins_with_identity(form):
             return False
         changing = [op for op in operations if not (isinstance(op, Affine) and op.is_identity)]
         return len(changing) > 1 and form.is_no_dearer()
+
+    def _is_inside(self, number: int) -> bool:
+        """Tell whether a node is computed by the module of the one before: a norm whose shift is zero is one whole."""
+        node = self.recording.nodes[number]
+        return any(self.recording.nodes[source].modules == node.modules for source in node.inputs)
 
     def _belongs_before(self, source: int) -> bool:
         """Tell whether all that is done with a node is scaling what a convolution gave, which goes into that one."""

@@ -186,6 +186,8 @@ def to_timm_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Raises `ValueError` for a model that is quantized or prepared for it, or that no RepVGG of timm can be.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a model of Transformers, got {type(model).__name__}.")
     _check_float(model)
     if model.config.model_type == "timm_wrapper":
         own = "timm_model."  # asked of the whole model, as add_oabn bounds weights when its state is taken

@@ -44,7 +44,7 @@ def _is_same(graph: Graph, after: Recording, old: int, new: int, fused: dict[int
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     if old in fused:
-        return second.name == "conv2d" and second.args[1] is fused[old][1].weight
+        return len(second.args) > 1 and second.args[1] is fused[old][1].weight
     is_input = not first.inputs and not first.name
     if is_input and len(second.inputs) == 0:  # the inputs come first in both, in the same order
         return old == new or min(old, new) >= after.inputs

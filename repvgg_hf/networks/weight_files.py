@@ -30,6 +30,8 @@ def read_weights(file: str | Path, entry: str | None = None) -> dict[str, torch.
 
     Raises `FileNotFoundError`, or `ValueError` that says what is wrong with the file and what to do.
     """
+    if not isinstance(file, (str, Path)):
+        raise TypeError(f"weights must be the path of a file or a mapping of tensors, got {type(file).__name__}.")
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(

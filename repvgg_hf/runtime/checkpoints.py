@@ -249,17 +249,17 @@ def check_published_weights(name, config: PreTrainedConfig, arguments: dict) -> 
         )
 
 
-def unreadable_weights(name, error: SafetensorError, arguments: dict) -> str:
-    """Return the message about weights that can't be read: which file is broken, and the fix."""
-    broken = []
-    for file in weight_files(name, **arguments):
+def require_readable(name, files: list[str]) -> None:
+    """Raise `ValueError` naming the first of the safetensors `files` of the checkpoint `name` that can't be read."""
+    for file in files:
         try:
             with safe_open(file, framework="pt"):
                 pass
-        except SafetensorError:
-            broken.append(file)
-    where = ", ".join(broken) or f"a weight file of {name}"
-    return f"The weights of {name} can't be read ({error}): {where} is truncated or damaged. {AGAIN}"
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {name} can't be read ({error}): {file} is truncated or damaged, or no safetensors "
+                f"file. {AGAIN}"
+            ) from error
 
 
 __all__ = [
@@ -268,8 +268,8 @@ __all__ = [
     "check_published_weights",
     "check_tensors",
     "read_tensors",
+    "require_readable",
     "tensors_checksum",
-    "unreadable_weights",
     "weight_files",
     "weights_checksum",
 ]

@@ -6,6 +6,7 @@ Each replacement is an *entry*, a dictionary of JSON's types. In the order of th
     {"name": "layer1.0.conv1", "kind": "conv2d", "in_channels": 64, "out_channels": 64, "kernel_size": [3, 3],
      "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
     {"name": "layer1.0.bn1", "kind": "identity"}                     returns its input
+    {"name": "head.0", "kind": "biased"}                             the same layer, with a bias: a norm's shift
     {"name": "block.conv2", "kind": "nothing"}                       a summand that another convolution has taken in
     {"name": "layer1.0.copy", "kind": "alias", "of": "layer1.0.conv1"}   the same module under a second name
 
@@ -14,6 +15,7 @@ module had, in that order: it becomes an `nn.Sequential` in which the convolutio
 keep their names.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -26,6 +28,7 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _KEYS = {
     "conv2d": {*_PAIRS, *_COUNTS, "padding_mode"},
     "identity": set(),
+    "biased": set(),
     "nothing": set(),
     "alias": {"of"},
 }
@@ -132,17 +135,28 @@ def _check_convolution(where: str, entry: dict) -> None:
         raise ValueError(f"{where} must have a 'padding_mode' among {modes}, got {entry['padding_mode']!r}; {_FIX}")
 
 
+def with_bias(layer: nn.Module) -> nn.Module:
+    """Return a copy of a linear layer or convolution that has a bias, of zeros where it had none."""
+    layer = copy.deepcopy(layer)
+    if layer.bias is None:
+        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        layer.bias = nn.Parameter(layer.weight.new_zeros(size), layer.weight.requires_grad)
+    return layer
+
+
 def make_module(entry: dict, replaced: nn.Module, convolution: nn.Conv2d | None = None) -> nn.Module:
     """Return the module that a checked `entry` puts in the place of the `replaced` one, in the same mode.
 
     `convolution` is the fused one; without it a `conv2d` entry makes one with random weights, of the device and dtype
-    of the `replaced` module.
+    of the `replaced` module, and a `biased` entry a copy of that.
     """
     if entry["kind"] == "nothing":
         return FusedAway().train(replaced.training)
     children = OrderedDict((name, replaced.get_submodule(name)) for name in entry.get("then", ()))
     if entry["kind"] == "identity":
         module = nn.Sequential(children) if children else nn.Identity()
+    elif entry["kind"] == "biased":
+        module = with_bias(replaced) if convolution is None else convolution
     else:
         module = _new_convolution(entry, replaced) if convolution is None else convolution
         module = nn.Sequential(OrderedDict([(CONVOLUTION, module), *children.items()])) if children else module
@@ -212,4 +226,5 @@ __all__ = [
     "rebuild_fused",
     "replace_modules",
     "restore_modules",
+    "with_bias",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self, Unpack
 
-from .checkpoints import check_checkpoint_form, check_published_weights, unreadable_weights
+from .checkpoints import check_checkpoint_form, check_published_weights, require_readable, weight_files
 from .cluster_layers import check_layers, cluster_layers, decode_layers
 from .image_processor_file import PROCESSOR_FILE, ImageProcessorFile
 from .layer_swaps import dequantize_layers, replace_with_cluster_layers
@@ -264,8 +264,9 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
-        except SafetensorError as error:
-            raise ValueError(unreadable_weights(pretrained_model_name_or_path, error, kwargs)) from error
+        except SafetensorError:
+            require_readable(pretrained_model_name_or_path, weight_files(pretrained_model_name_or_path, **kwargs))
+            raise
         check_published_weights(pretrained_model_name_or_path, model.config, kwargs)
         model._settle_new_layers(pretrained_model_name_or_path, info, ignored)
         for name, module in model.named_modules():
@@ -274,9 +275,6 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
                     f"{name} is offloaded, but a block of branches runs in memory only: load the model without "
                     "device_map or with device_map='cpu', or reparameterize() and save it first."
                 )
-        requested = kwargs.get("quantization_config")
-        if isinstance(requested, ClusterConfig) and requested.decode != model.config.quantization_config.decode:
-            model.decode_weights(on_the_fly=requested.decode == "on_the_fly")
         if pretrained_model_name_or_path is not None:
             commit = getattr(model.config, "_commit_hash", None)
             model.image_processor_file = ImageProcessorFile.beside(pretrained_model_name_or_path, commit, kwargs)
@@ -316,6 +314,8 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
         target.mkdir(parents=True, exist_ok=True)
         if push_to_hub:
             kwargs.setdefault("repo_id", target.name)
+        if getattr(self, "qat_settings", None) is not None:
+            import_compression("Saving a model in training").warn_of_unmoved_codebooks(self)
         self.config.weights_checksum = None  # that of the files it was loaded from
         with replace_files(target) as folder:
             main_process = kwargs.get("is_main_process", args[0] if args else True)

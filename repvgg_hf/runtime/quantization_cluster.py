@@ -1,5 +1,6 @@
 """The configuration of quantized models."""
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -304,6 +305,13 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
                 del values[name]
         return values
 
+    def get_loading_attributes(self) -> dict:
+        """Return what a configuration given to `from_pretrained` changes of a quantized checkpoint's, by attribute.
+
+        It is not the field `decode` itself, which is saved again as it was.
+        """
+        return {"decode_here": self.decode}
+
     def bits_of(self, name: str) -> int:
         """Return the bits of the layer called `name`."""
         depths = {key: _match(name, key) for key in self.bits_overrides}
@@ -337,7 +345,7 @@ class ClusterConfig(QuantizationOptions, QuantizationConfigMixin):
                 if not any(_match(name, key) for name in names):
                     raise ValueError(
                         f"{option} names {key!r}, which is no convolution or linear layer of this model, nor the "
-                        f"parent of one. Its layers: {', '.join(names)}."
+                        f"parent of one{_similar_names(names, key)}"
                     )
 
 
@@ -353,6 +361,17 @@ def _match(name: str, key: str) -> int:
         if wanted and layer[skipped : skipped + len(wanted)] == wanted:
             return skipped + len(wanted)
     return 0
+
+
+def _similar_names(names: list[str], key: str) -> str:
+    """Return what `key` may have been meant to be of the layers called `names` and their parents, for a message."""
+    parts = [name.split(".") for name in names]
+    whole = [".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)]
+    without_base = [".".join(part[1:end]) for part in parts for end in range(2, len(part) + 1)]
+    similar = difflib.get_close_matches(key, dict.fromkeys([*whole, *without_base]), n=1)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    hint = f": did you mean {similar[0]!r}?" if similar else "."
+    return f"{hint} Its layers: {', '.join(names[:20])}{more}."
 
 
 def _parse_overrides(text: str) -> dict[str, int]:

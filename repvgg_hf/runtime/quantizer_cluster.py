@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from .checkpoints import check_checkpoint, read_tensors, tensors_checksum
+from .checkpoints import check_checkpoint, read_tensors, require_readable, tensors_checksum
 from .checksum_settings import settings_to_store
 from .cluster_layers import check_layers
 from .layer_swaps import dequantize_layers, rebuild_structure, replace_with_cluster_layers, warn_of_half_biases
@@ -69,6 +69,8 @@ class ClusterQuantizer(HfQuantizer):
         return dtype if self.pre_quantized else torch.float32
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        files = [str(file) for file in checkpoint_files or [] if Path(file).suffix == ".safetensors"]
+        require_readable(model.config.name_or_path, files)  # with an error that says what to do
         if not self.pre_quantized:
             return
         if has_own_code(model):
@@ -81,6 +83,9 @@ class ClusterQuantizer(HfQuantizer):
         self.new_layers = find_new_layers(model, {names[name]: tensors[name].shape for name in tensors}, config)
         config.modules_to_not_convert = [*config.modules_to_not_convert, *self.new_layers]
         layers = _own_method(model, replace_with_cluster_layers)(config)
+        decode = vars(config).pop("decode_here", config.decode)  # as the argument of from_pretrained has it
+        for layer in layers.values():
+            layer.on_the_fly = decode == "on_the_fly"
         pass_over_marker(model, layers)
         check_checkpoint(layers, tensors, names, checkpoint_files, model)
 
@@ -137,7 +142,8 @@ def _own_method(model, function: Callable, name: str | None = None) -> Callable:
 
 
 # `setdefault`: a copy of this file that came with a checkpoint may meet the installed package in one process
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("cluster", ClusterConfig)
-AUTO_QUANTIZER_MAPPING.setdefault("cluster", ClusterQuantizer)
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("cluster", ClusterConfig)
+auto.AUTO_QUANTIZER_MAPPING.setdefault("cluster", ClusterQuantizer)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (ClusterConfig,)
 
 __all__ = ["ClusterQuantizer", "require_fused"]

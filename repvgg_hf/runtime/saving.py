@@ -114,9 +114,23 @@ def _write_manifest(folder: Path, target: Path) -> None:
                 f"{target / name} is a folder, and saving would put a file in its place: rename it, or save into "
                 "another folder."
             )
+    give_ordinary_modes(folder)
     temporary = folder / f"{_MANIFEST}.tmp"
     temporary.write_text(json.dumps(names), encoding="utf-8")
     os.replace(temporary, folder / _MANIFEST)
+
+
+def give_ordinary_modes(folder: Path) -> None:
+    """Let all files below `folder` be read by whom the user's umask lets read a new file.
+
+    safetensors writes files that nobody but the user can read.
+    """
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary) / "new"
+        new.touch()  # the umask itself can't be read without changing it for other threads
+        for path in paths:
+            path.chmod(new.stat().st_mode & 0o666)
 
 
 def _stale_weights(names: list[str], target: Path) -> list[str]:
@@ -177,4 +191,4 @@ def _is_live(folder: Path) -> bool:
         return True  # it is just being moved or removed
 
 
-__all__ = ["clean", "finish", "finish_before_loading", "replace_files"]
+__all__ = ["clean", "finish", "finish_before_loading", "give_ordinary_modes", "replace_files"]

@@ -49,6 +49,32 @@ def lay_out(parameter: torch.Tensor, memory_format: torch.memory_format) -> bool
     return True
 
 
+def require_module(model) -> None:
+    """Raise `TypeError` for a `model` that is no `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be an nn.Module, got {found}.")
+
+
+def require_bare(model) -> None:
+    """Raise `ValueError` for a `model` that is compiled, or wrapped to run in parallel, or `TypeError` for no module.
+
+    Its tensors have other names than the model's own, under which they would be saved, and its replicas other values.
+    """
+    require_module(model)
+    kind = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"The model is wrapped ({kind}), which gives its tensors other names: give model.module, then wrap it."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules:
+            raise ValueError(
+                f"{name or 'The model'} is compiled ({type(module).__name__}), which gives its tensors other names: "
+                "give the model itself, and compile what comes of it (torch.compile keeps it as _orig_mod)."
+            )
+
+
 def require_in_memory(model: nn.Module) -> None:
     """Raise `ValueError` naming the first weight of `model` that was offloaded by a `device_map`."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -95,4 +121,13 @@ def kernel_of(conv: nn.Module) -> torch.Tensor:
     return kernel
 
 
-__all__ = ["channels_last", "has_memory", "kernel_of", "lay_out", "require_in_memory", "require_unpruned"]
+__all__ = [
+    "channels_last",
+    "has_memory",
+    "kernel_of",
+    "lay_out",
+    "require_bare",
+    "require_in_memory",
+    "require_module",
+    "require_unpruned",
+]

@@ -114,6 +114,15 @@ class TestDamage:
         with pytest.raises(ValueError, match="don't fit the checksum in config.json"):
             load("resnet", resnet)
 
+    @pytest.mark.parametrize("arguments", [{}, {"quantization_config": ClusterConfig()}], ids=["quantized", "float"])
+    def test_a_file_that_is_cut_off(self, families, resnet, arguments):
+        if arguments:
+            shutil.copytree(families["resnet"]["folder"] / "float", resnet, dirs_exist_ok=True)
+        path = resnet / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=f"can't be read .*{path} is truncated or damaged.*Download or save it"):
+            load("resnet", resnet, **arguments)
+
     def test_a_missing_tensor(self, families, resnet):
         tensors = load_file(resnet / "model.safetensors")
         del tensors["resnet.embedder.embedder.convolution.weight_codes"]
@@ -167,11 +176,17 @@ class TestLoading:
         assert result.returncode == 1 and "Unknown quantization type, got cluster" in result.stderr
         assert "ignore_mismatched_sizes" in result.stderr.splitlines()[-1]
 
-    def test_decoding_on_the_fly(self, families, resnet):
-        edit(resnet, lambda config: config["quantization_config"].update(decode="on_the_fly"))
-        model = load("resnet", resnet)
+    @pytest.mark.parametrize("place", ["argument", "config.json"])
+    def test_decoding_on_the_fly(self, families, resnet, tmp_path, place):
+        lazily = {} if place == "config.json" else {"quantization_config": ClusterConfig(decode="on_the_fly")}
+        if not lazily:
+            edit(resnet, lambda config: config["quantization_config"].update(decode="on_the_fly"))
+        model = load("resnet", resnet, **lazily)
         assert torch.equal(logits(model), families["resnet"]["quantized"])
         assert all("dense_weight" not in dict(layer.named_buffers()) for layer in cluster_layers(model).values())
+        model.save_pretrained(tmp_path / "again")
+        stored = [json.loads((folder / "config.json").read_text()) for folder in (resnet, tmp_path / "again")]
+        assert stored[0] == stored[1]  # the argument is of this process alone
 
     def test_a_head_for_other_classes_stays_float(self, resnet):
         model = load("resnet", resnet, num_labels=3, ignore_mismatched_sizes=True)

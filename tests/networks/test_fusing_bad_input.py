@@ -140,11 +140,6 @@ def test_tolerance(tolerance):
     expect_error(network(acb(C), C), images(), "tolerance must be a positive number", tolerance=tolerance)
 
 
-def test_no_module():
-    with pytest.raises(TypeError, match="model must be an nn.Module, got function"):
-        fuse(lambda x: x, images())
-
-
 def test_quantized_by_this_package(tiny_config):
     model = RepVGGForImageClassification(tiny_config()).eval().quantize("uniform", bits=4)
     expect_error(model, {"pixel_values": images(32)}, "quantized already.*take the float model")
@@ -176,11 +171,6 @@ def test_weights_that_are_no_float():
             return self._conv_forward(x, self.weight.float(), self.bias)
 
     expect_error(network(Int8Conv(), C), images(), r"1\.weight is a Tensor of torch\.int8, no plain float tensor")
-
-
-def test_compiled_model():
-    with pytest.raises(ValueError, match="The model is compiled .*give the model itself"):
-        fuse(torch.compile(network(acb(C), C)), images())
 
 
 def test_not_finite_weights_are_left():

@@ -33,7 +33,7 @@ def published(tiny_config, tmp_path_factory):
         "w4": copy.deepcopy(model).quantize(bits=4),
     }
     for name, made in models.items():
-        write_folder(made, root / name, f"org/{name}", processor=processor, draw_plots=False)
+        write_folder(made, root / name, f"org/{name}", processor=processor, license="mit", draw_plots=False)
     return root
 
 
@@ -69,7 +69,7 @@ def test_another_dtype_for_the_same_bytes(published, tmp_path, form, dtype):
     """All sizes fit, and the numbers are others."""
     model = load(published / form).to(dtype)
     processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    write_folder(model, tmp_path / "half", "org/half", processor=processor, draw_plots=False)
+    write_folder(model, tmp_path / "half", "org/half", processor=processor, license="mit", draw_plots=False)
     load(tmp_path / "half")
     names = {torch.bfloat16: ("BF16", "F16"), torch.float16: ("F16", "BF16")}[dtype]
     assert rename_dtype(tmp_path / "half" / "model.safetensors", *names) > 0

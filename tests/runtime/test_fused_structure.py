@@ -106,7 +106,7 @@ def test_children_that_the_module_has_not():
 
 
 BAD = [
-    ({"kind": "conv"}, "'kind' among conv2d, identity, nothing, alias, got 'conv'"),
+    ({"kind": "conv"}, "'kind' among conv2d, identity, biased, nothing, alias, got 'conv'"),
     ({"kind": ["conv2d"]}, "'kind' among"),
     ({"name": ""}, "the dotted 'name' of a module, got ''"),
     ({"name": 3}, "the dotted 'name' of a module, got 3"),

@@ -156,6 +156,19 @@ class TestConfig:
             ):
                 ClusterConfig(**{field: value}).check_names(names)
 
+    @pytest.mark.parametrize(
+        ("key", "meant"),
+        [
+            ("clasifier", "classifier"),
+            ("embeding", "embeddings"),
+            ("repvgg.embeddings.layer.cnv", "repvgg.*layer.conv"),
+        ],
+    )
+    def test_names_that_are_misspelt_get_a_suggestion(self, key, meant):
+        names = ["repvgg.embeddings.layer.conv", "classifier"]
+        with pytest.raises(ValueError, match=f"names '{key}'.*: did you mean '{meant}'"):
+            ClusterConfig(bits_overrides={key: 8}).check_names(names)
+
     def test_groups_divide_the_channels(self):
         assert ClusterConfig().groups_of("conv", 7) == 1
         assert ClusterConfig(granularity="per_channel").groups_of("conv", 7) == 7

@@ -136,6 +136,16 @@ def test_a_folder_with_the_name_of_a_file_is_kept(models, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name / "precious").exists()
 
 
+def test_files_are_as_readable_as_the_umask_says(models, tmp_path):
+    """And not as safetensors leaves them, which only their owner can read."""
+    before = os.umask(0o027)
+    try:
+        models[0].save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
 def test_files_in_folders_and_other_processes(tmp_path):
     """Files in folders are moved one by one; what another process has moved meanwhile is no error."""
     (tmp_path / "inner").mkdir()

@@ -1,13 +1,17 @@
 """What a training loop does in each optimizer step of quantization-aware training."""
 
 import contextlib
+import math
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ...runtime.logs import get_logger
 from .distributed import gathered
 from .layers import qat_layers
+
+logger = get_logger(__name__)
 
 
 @torch.no_grad()
@@ -21,6 +25,30 @@ def update_codebooks(model: nn.Module) -> None:
     with gathered(model) if due else contextlib.nullcontext():
         for layer in layers:
             layer.weight_fake_quant.step(layer.kernel)
+
+
+def figure_of(kernel: torch.Tensor) -> float | None:
+    """Return a figure that is another one when `kernel` was trained; `None` if there is none without other ranks."""
+    if kernel.is_meta or hasattr(kernel, "full_tensor"):
+        return None
+    return kernel.detach().double().square().sum().item()
+
+
+@torch.no_grad()
+def warn_of_unmoved_codebooks(model: nn.Module) -> None:
+    """Log if a prepared `model` was trained without [`update_codebooks`], which its codebooks or blending rely on."""
+    layers = {name: layer for name, layer in qat_layers(model).items() if layer.weight_fake_quant.needs_steps}
+    if not layers or any(layer.weight_fake_quant.steps_taken() for layer in layers.values()):
+        return
+    for name, layer in layers.items():
+        before, now = layer.weight_fake_quant.first_kernel, figure_of(layer.kernel())
+        if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-7):
+            logger.warning(
+                "The kernel of %r was trained and its codebook stayed as prepare_qat() made it, as in all %d layers: "
+                "call repvgg_hf.update_codebooks(model) after each optimizer step, or give Trainer a QATCallback().",
+                name, len(layers),
+            )  # fmt: skip
+            return
 
 
 def check_gradients(model: nn.Module, step: int) -> None:

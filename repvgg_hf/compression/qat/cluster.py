@@ -90,6 +90,10 @@ class ClusterFakeQuantize(FakeQuantize):
         rows = to_rows(kernel.detach()).float()
         return _StraightThrough.apply(kernel, round_to_codebook(rows, *self.prepared()))
 
+    @property
+    def needs_steps(self) -> bool:
+        return True
+
     def is_due(self) -> bool:
         return (self.steps_taken() + 1) % self.update_every == 0
 

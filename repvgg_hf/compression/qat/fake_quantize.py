@@ -37,6 +37,7 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, config: ClusterConfig, qat_config: QATConfig):
         super().__init__()
+        self.first_kernel: float | None = None  # a figure of the kernel that it was made for, if it is known
         self.codebook_dtype = CODEBOOK_DTYPES[config.codebook_dtype]
         self.blend_steps = qat_config.blend_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -76,6 +77,11 @@ class FakeQuantize(nn.Module):
         if self.known_steps is None:
             self.known_steps = int(self.steps)
         return self.known_steps
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether training relies on [`step`] being called."""
+        return self.blend_steps > 0
 
     def is_due(self) -> bool:
         """Whether the next [`step`] needs the kernel."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from ...runtime.cluster_layers import sum_of_integers, to_integers
 from ...runtime.reparameterization import ConvBranch, ReparamConv2d
+from ...runtime.tensors import require_module
 from ..codebooks.bias import SMALLEST_STEP, round_to_steps
 from .fake_quantize import FakeQuantize
 from .inputs import InputFakeQuantize
@@ -131,6 +132,7 @@ FLOAT_CLASSES = {qat_class: float_class for float_class, qat_class in QAT_CLASSE
 
 def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
     """The layers of `model` that compute with fake-quantized weights, by name."""
+    require_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
 
 

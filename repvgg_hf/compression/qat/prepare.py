@@ -12,6 +12,7 @@ from ...runtime.new_layers import NewLayer, is_outside_base, warn_of_new_layers
 from ...runtime.quantization_cluster import ClusterConfig
 from ...runtime.reparameterization import ReparamConv2d
 from ..codebooks.weights import QuantizedWeight, quantize_weight
+from .callback import figure_of
 from .config import QATConfig
 from .fake_quantize import FakeQuantize
 from .inputs import InputFakeQuantize
@@ -72,6 +73,7 @@ def add_quantizers(
         _require_qat_class(name, layer)
     for name, layer in layers.items():
         make_qat_layer(layer, quantizers[name], inputs.get(name), outputs.get(name))
+        quantizers[name].first_kernel = figure_of(layer.kernel())
     choose_fast_path(model, False)
     _remember_settings(model, config, qat_config)
 

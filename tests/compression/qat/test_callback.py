@@ -58,7 +58,7 @@ class Images(Dataset):
         return {name: tensor[index] for name, tensor in self.batch.items()}
 
 
-def test_trainer(make_model, assert_same_state, batch, tmp_path, monkeypatch):
+def test_trainer(make_model, assert_same_state, batch, tmp_path, monkeypatch, caplog):
     """The callback runs once per optimizer step, a checkpoint resumes exactly, and the result is what was evaluated."""
 
     def trainer(model):
@@ -86,8 +86,33 @@ def test_trainer(make_model, assert_same_state, batch, tmp_path, monkeypatch):
     loss = first.evaluate()["eval_loss"]
     assert trainer(model.quantize()).evaluate()["eval_loss"] == loss
 
+    assert "update_codebooks" not in caplog.text
     checkpoint = RepVGGForImageClassification.from_pretrained(tmp_path / "checkpoint-4")
     assert_same_state(checkpoint.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "qat_config", "steps", "warns"),
+    [
+        ({"bits": 3}, None, 0, True),
+        ({"bits": 3}, None, 1, False),
+        ({"method": "uniform", "bits": 3}, None, 0, False),  # whose steps learn by gradients
+        ({"method": "uniform", "bits": 3}, QATConfig(blend_steps=3), 0, True),
+    ],
+)
+def test_forgotten_updates_are_told_of(make_model, batch, tmp_path, caplog, options, qat_config, steps, warns):
+    model = make_model().prepare_qat(**options, qat_config=qat_config)
+    model.save_pretrained(tmp_path)
+    assert not caplog.records  # nothing was trained
+    model(**batch).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for _ in range(steps):
+        update_codebooks(model)
+    for call in (lambda: model.save_pretrained(tmp_path), model.quantize):
+        caplog.clear()
+        call()
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == warns and all("call repvgg_hf.update_codebooks(model) after" in text for text in told)
 
 
 def test_gradients_that_are_not_finite(make_model, batch):
