@@ -1,7 +1,7 @@
 """Evaluate a float or quantized checkpoint: top-1, top-5, loss, size on disk, bits per weight.
 
 python recipes/evaluate.py --model_name_or_path outputs/train
-python recipes/evaluate.py --model_name_or_path outputs/quantize/cluster-per_channel-w4 --output_json results.json
+python recipes/evaluate.py --model_name_or_path outputs/quantize/cluster-per_tensor-scale-w4 --output_json results.json
 python recipes/evaluate.py --model_name_or_path my-model --engines onnxruntime openvino inductor --threads 1
 
 With `--engines`, every one of them runs what recipes/export.py has written into the checkpoint's folder, on the same

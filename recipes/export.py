@@ -1,6 +1,6 @@
 """Write a quantized checkpoint as files for engines, all at once, and check each: its weights, and what it computes.
 
-    python recipes/export.py --model_name_or_path outputs/quantize/cluster-per_tensor+scale-w4-a8-calibrated
+    python recipes/export.py --model_name_or_path outputs/quantize/cluster-per_tensor-scale-w4-a8-calibrated
     python recipes/export.py --model_name_or_path ... --formats onnx openvino --weights packed int8 float
     python recipes/export.py --model_name_or_path ... --formats onnx --images pictures/ --output_dir export
 

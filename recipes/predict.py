@@ -1,6 +1,6 @@
 """Classify pictures with a checkpoint, or with a file for an engine: the five likeliest classes of each.
 
-    python recipes/predict.py cat.jpg --model outputs/quantize/cluster-per_tensor+scale-w4
+    python recipes/predict.py cat.jpg --model outputs/quantize/cluster-per_tensor-scale-w4
     python recipes/predict.py cat.jpg dog.jpg --model my-model/onnx/model_q4.onnx --threads 1
     python recipes/predict.py pictures/ --model my-model/openvino/openvino_model.xml --csv predictions.csv
     python recipes/predict.py cat.jpg --model my-model --engine onnxruntime --json

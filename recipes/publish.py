@@ -1,9 +1,10 @@
 """Publish a checkpoint, or a family of them, on the Hub, with a card made from the figures that the recipes measured.
 
-    python recipes/publish.py --repo_id me/repvgg-digits-w4 --models outputs/quantize/cluster-per_tensor+scale-w4 \\
-        --quantize_json outputs/quantize/quantize_results.json --dataset_title digits --train_checkpoint outputs/train
-    python recipes/publish.py --repo_id me/repvgg-digits --as_revisions --collection "RepVGG on digits" \\
-        --models float=outputs/quantize/float w4=outputs/quantize/cluster-per_tensor+scale-w4 --quantize_json ...
+    repvgg-hf publish --repo_id me/photos-w4 --models outputs/quantize/cluster-per_tensor-scale-w4-calibrated \\
+        --quantize_json outputs/quantize/quantize_results.json --train_checkpoint outputs/photos \\
+        --dataset_title "photos of bottles" --license cc-by-4.0 --visibility private
+    repvgg-hf publish --repo_id me/photos --as_revisions --collection "RepVGG on photos" ... \\
+        --models float=outputs/quantize/float w4=outputs/quantize/cluster-per_tensor-scale-w4-calibrated
 
 `--dry_run --output_dir FOLDER` writes the files there (of a family in `FOLDER/<name>`) and stops. Log in first with
 `hf auth login`. Figures need matplotlib; `--draw_plots False` leaves them out.
@@ -17,7 +18,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from repvgg_hf.hub import Results, publish, publish_family
+from repvgg_hf.hub import About, Results, publish, publish_family
 from repvgg_hf.hub.branch_kernels import branch_histograms, dense_branch_report
 from repvgg_hf.hub.recipe_figures import (
     benchmark_latency,
@@ -81,8 +82,23 @@ class PublishArguments:
     draw_plots: bool = field(
         default=True, metadata={"help": "Draw accuracy against bytes and the kernels' histogram; needs matplotlib."}
     )
-    license: str = field(default="apache-2.0", metadata={"help": "License of the weights, as the Hub spells it."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "License of the weights, as the Hub spells it, such as cc-by-4.0; there is no default."},
+    )
+    visibility: str | None = field(
+        default=None,
+        metadata={"help": "Who sees the repository: public or private; there is no default, and --dry_run needs none."},
+    )
+    intended_use: str = field(default="", metadata={"help": "What the model is for, and what not, for the card."})
+    training_data: str = field(default="", metadata={"help": "What the model was trained on, for the card."})
+    training_data_license: str = field(default="", metadata={"help": "License of the training data, in words."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the model that training started from, for the card."}
+    )
+    example: str | None = field(
+        default=None, metadata={"help": "A picture to show on the card, with what the model says of it."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch to publish to."})
     tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing main."})
@@ -95,6 +111,21 @@ class PublishArguments:
     card_json: str | None = field(
         default=None, metadata={"help": "Copy the card to this .json file and a .md beside it; needs --output_dir."}
     )
+
+
+def check_answers(args: PublishArguments) -> None:
+    """Raise `ValueError` if a question that only the publisher can answer was not answered."""
+    if args.license is None:
+        raise ValueError(
+            "--license is not given: say under which license others may use the weights, such as apache-2.0, "
+            "cc-by-nc-4.0 or other. That of the training data may decide."
+        )
+    if args.visibility not in ("public", "private") and not (args.dry_run and args.visibility is None):
+        given = "not given" if args.visibility is None else repr(args.visibility)
+        raise ValueError(
+            f"--visibility is {given}: say public for a repository that everybody sees, or private for one that only "
+            "you and your organization do."
+        )
 
 
 def gather_results(args: PublishArguments) -> Results | None:
@@ -175,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     (args,), _ = parse_arguments((PublishArguments,), arguments)
     if args.card_json is not None and args.output_dir is None:
         raise ValueError("--card_json copies the card from --output_dir: give that, too.")
+    check_answers(args)
     results = gather_results(args)
     folders = pairs(args.models, "models") if len(args.models) > 1 else {"": args.models[0]}
     models = {name: load(folder) for name, folder in folders.items()}
@@ -184,7 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
         "draw_plots": args.draw_plots,
         "formats": args.formats,
         "license": args.license,
-        "private": args.private or None,
+        "private": None if args.visibility is None else args.visibility == "private",
+        "about": About(args.intended_use, args.training_data, args.training_data_license, args.base_model),
+        "example": args.example,
         "overwrite": args.overwrite,
         "commit_message": args.commit_message,
         "folder": args.output_dir,

@@ -2,6 +2,7 @@
 
     accelerate launch recipes/qat.py                                       # digits, from scratch, 4 bits
     accelerate launch recipes/qat.py --model_name_or_path outputs/train    # from a float checkpoint
+    repvgg-hf qat photos/ --model_name_or_path outputs/photos --bits 2     # of the pictures in a folder
     accelerate launch --config_file recipes/configs/gpu8.yaml recipes/qat.py --bits 2 --granularity per_channel \\
         --distillation_weight 0.5 --blend_ratio 0.5 --model_name_or_path ...      # all that helps with few bits
 
@@ -29,9 +30,10 @@ from repvgg_hf.compression.ptq.config import ACTIVATION_RANGES, CalibrationConfi
 from repvgg_hf.compression.qat.config import QATConfig, check_qat_options
 from repvgg_hf.compression.qat.distillation import Distillation
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
-from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.arguments import parse_given
 from repvgg_hf.training.batches import batches_per_epoch, calibration_images, collate, evaluation_data, training_data
 from repvgg_hf.training.checkpoints import RunFolder, resume_place
+from repvgg_hf.training.data_defaults import suggest_plan
 from repvgg_hf.training.loop import PhaseArguments, loss_on_labels, optimizer_steps, predict, train_phase
 from repvgg_hf.training.metrics import accuracies
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
@@ -39,6 +41,7 @@ from repvgg_hf.training.report import print_table, quantization_fields, write_js
 from repvgg_hf.training.run_record import run_record
 from repvgg_hf.training.splits import DataArguments, ImageSplit, align_splits, load_splits
 
+FOLDER = ("folder", "Pictures: one folder per class, or such folders in train/ and val/.", "dataset_name")
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 
 TABLE = ("model", "top1", "top5", "images", "bytes", "bits_per_weight", "largest_logit_difference")
@@ -64,7 +67,9 @@ class QATArguments(PhaseArguments):
         default=24, metadata={"help": "Epochs of float training, if no --model_name_or_path is given."}
     )
     float_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of float training."})
-    num_train_epochs: int = field(default=5, metadata={"help": "Epochs of quantization-aware training."})
+    num_train_epochs: int = field(
+        default=5, metadata={"help": "Epochs of quantization-aware training; of a folder by default 400 steps or more."}
+    )
     learning_rate: float = field(default=0.01, metadata={"help": "Peak learning rate of quantization-aware training."})
     blend_ratio: float = field(
         default=0.0,
@@ -112,6 +117,25 @@ def check_options(args: QATArguments, quantization: QuantizationOptions, qat_con
             f"got --activation_bits {quantization.activation_bits} and --calibration_images {args.calibration_images}, "
             "give both, such as --calibration_images 512, or none."
         )
+
+
+def check_pictures(data_args: DataArguments, given: set[str]) -> None:
+    """Raise `ValueError` for a folder of pictures that is not there."""
+    if FOLDER[0] in given and not Path(data_args.dataset_name).is_dir():
+        raise ValueError(
+            f"There is no folder {data_args.dataset_name}: give a folder with one folder of pictures per class, or a "
+            "dataset on the Hub with --dataset_name."
+        )
+
+
+def suit_pictures(data_args: DataArguments, args: QATArguments, images: int, processes: int, given: set[str]) -> None:
+    """Set what was not `given` to what suits so many pictures: few of them need many epochs."""
+    if "augmentation" not in given:
+        data_args.augmentation = "photo"
+    batch_size = args.per_device_train_batch_size if "per_device_train_batch_size" in given else None
+    epochs = args.num_train_epochs if "num_train_epochs" in given else None
+    plan = suggest_plan(images, True, batch_size, epochs, processes, args.gradient_accumulation_steps)
+    args.per_device_train_batch_size, args.num_train_epochs = plan.batch_size, plan.epochs
 
 
 def total_steps(images: int, processes: int, args: QATArguments) -> int:
@@ -184,16 +208,19 @@ def start_accelerator(args: QATArguments, quantization: QuantizationOptions) -> 
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    options, arguments = parse_arguments(
-        (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments
+    options, arguments, given = parse_given(
+        (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments, FOLDER
     )
     model_args, data_args, args, quantization, qat_config = options
     check_options(args, quantization, qat_config)
+    check_pictures(data_args, given)
     check_source(model_args.model_name_or_path, model_args.dequantize)
     resume = resume_place(args.resume_from_checkpoint)
     accelerator = start_accelerator(args, quantization)
 
     splits = load_splits(data_args, seed=args.seed)
+    if FOLDER[0] in given:
+        suit_pictures(data_args, args, len(splits["train"]), accelerator.num_processes, given)
     set_seed(args.seed)  # each part of the run begins with a seed: what was done before it leaves no trace
     model = build_model(model_args, splits["train"].classes, data_args.labels_by_position)
     # computing a loss would set it, which a run that is resumed after its last epoch does not do

@@ -1,15 +1,18 @@
 """Quantize a float checkpoint without training, for every combination of bits, methods and granularities asked for.
 
+    repvgg-hf quantize photos/ --model_name_or_path outputs/photos      # the pictures that it was trained on
     python recipes/quantize.py --model_name_or_path outputs/train --bits 8 4 3 --method uniform cluster
-    python recipes/quantize.py --model_name_or_path outputs/train --bits 4 3 2 --calibration_images 512 --ablation True
-    python recipes/quantize.py --model_name_or_path outputs/train --calibration_images 512 --peers coremltools nncf
+    python recipes/quantize.py --model_name_or_path outputs/train --bits 4 3 2 --ablation True
+    python recipes/quantize.py --model_name_or_path outputs/train --peers coremltools nncf
 
-Each quantized model is saved in `--output_dir` and evaluated; the figures go to `quantize_results.json` there, and
-accuracy against bits and bytes to `accuracy_bits` and `accuracy_bytes`, `.png` and `.svg`.
+Each quantized model is saved in `--output_dir` and evaluated; one of them is recommended: the smallest whose accuracy
+drops by no more than `--tolerance` against float, or than chance explains. The figures go to `quantize_results.json`,
+and accuracy against bits and bytes to `accuracy_bits` and `accuracy_bytes`, `.png` and `.svg`.
 """
 
 import dataclasses
 import itertools
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +23,22 @@ from transformers import AutoModelForImageClassification
 
 import repvgg_hf
 from repvgg_hf import ClusterConfig
-from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
+from repvgg_hf.analysis import bits_per_weight, bits_with_one_codebook, checkpoint_bytes
 from repvgg_hf.analysis.plots import import_matplotlib, plot_accuracy
 from repvgg_hf.compression.ptq.config import CalibrationConfig
 from repvgg_hf.recipes.peers import PeerMethod, peer_methods
+from repvgg_hf.runtime.logs import quiet
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
 from repvgg_hf.runtime.quantization_methods import METHODS
-from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.arguments import parse_given
 from repvgg_hf.training.batches import calibration_images, collate
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
 from repvgg_hf.training.models import build_processor, dequantize_field, load_float
-from repvgg_hf.training.report import print_table, quantization_fields, write_json
+from repvgg_hf.training.report import quantization_fields, write_json
 from repvgg_hf.training.splits import DataArguments, load_splits
+from repvgg_hf.training.sweep_report import accuracy_fields, choose, sweep_table, training_helps, waste, why
 
-TABLE = ("model", "top1", "top5", "loss", "bytes", "bits_per_weight", "seconds")
+FOLDER = ("folder", "Pictures: one folder per class, or such folders in train/ and val/.", "dataset_name")
 # what calibration adds, in this order, and what each is when it is off
 STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False}
 
@@ -42,11 +47,24 @@ STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correctio
 class QuantizeArguments:
     """Options that say what to quantize, and what to make of it."""
 
+    # options that `--help-all` shows, and `--help` does not
+    RARE = ("dequantize", "ablation", "peers", "plot_lowest")
+
     model_name_or_path: str = field(metadata={"help": "A float checkpoint, with branches or fused: folder or Hub id."})
     dequantize: bool = dequantize_field()
     output_dir: str = field(default="outputs/quantize", metadata={"help": "Folder for models and figures."})
     calibration_images: int = field(
-        default=0, metadata={"help": "Training images, without labels, to calibrate on; 0 for none."}
+        default=512,
+        metadata={
+            "help": "Training images, without labels, to calibrate on: so many, or all if they are fewer; 0 for none."
+        },
+    )
+    tolerance: float = field(
+        default=1.0,
+        metadata={
+            "help": "Recommend the smallest model whose top-1 drops by at most so many percentage points against "
+            "float, or by no more than chance explains: McNemar's test at 0.05 on the same images."
+        },
     )
     ablation: bool = field(
         default=False,
@@ -64,13 +82,17 @@ class QuantizeArguments:
         default=None, metadata={"help": "Lowest top-1 accuracy on the plots' axis, in percent."}
     )
 
+    def __post_init__(self):
+        if not 0 <= self.tolerance <= 100:
+            raise ValueError(f"--tolerance must be from 0 to 100 percentage points, got {self.tolerance}.")
+
 
 @dataclass(repr=False)
 class SweepOptions(QuantizationOptions):
     """Options of a [`ClusterConfig`], of which the first three take several values: a model for each combination."""
 
     bits: list[int] = field(
-        default_factory=lambda: [4], metadata={"help": "Bits of a weight's code, 1 to 8; one or several."}
+        default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Bits of a weight's code, 1 to 8; one or several."}
     )
     method: list[str] = field(
         default_factory=lambda: ["cluster"],
@@ -170,12 +192,12 @@ def plan(args: QuantizeArguments, sweep: SweepOptions, calibration: SweepCalibra
 
 def make_trial(size: float, stage: str, config: ClusterConfig, calibration: CalibrationConfig | None) -> Trial:
     """The trial, called after the configuration and stage, such as `cluster-per_channel-w4-bias_correction`."""
-    scale = "+scale" if config.channel_scale else ""
+    scale = "-scale" if config.channel_scale else ""
     activations = "" if config.activation_bits is None else f"a{config.activation_bits}"
     added = "" if stage == "quantized" else stage
     name = [f"{config.method}-{config.granularity}{scale}", f"w{size}", activations, added]
     what = f"+ {stage.replace('_', ' ')}" if stage in STEPS_OFF else added
-    label = [config.method, config.granularity.removeprefix("per_") + scale, activations, what]
+    label = [config.method, config.granularity.removeprefix("per_") + scale.replace("-", "+"), activations, what]
     if not (added or activations):
         calibration = None  # the first stage has no use for images
     return Trial("-".join(filter(None, name)), ", ".join(filter(None, label)), size, stage, config, calibration)
@@ -185,24 +207,38 @@ def calibration_batches(args: QuantizeArguments, data_args: DataArguments, proce
     """Training images `[batch, 3, size, size]` as in evaluation, without labels; none without calibration."""
     if args.calibration_images == 0:
         return []
-    train_split = load_splits(data_args, seed=seed)["train"]
+    try:
+        train_split = load_splits(data_args, seed=seed)["train"]
+    except ValueError as error:
+        raise ValueError(f"{error} Without images to calibrate on: --calibration_images 0.") from error
     images = calibration_images(train_split, args.calibration_images, data_args, processor, seed)
     return [batch["pixel_values"] for batch in DataLoader(images, batch_size, collate_fn=collate)]
 
 
-def measure(trial: Trial, output_dir: Path, processor, batches, dataset, evaluation_args) -> dict:
+def evaluate(model, dataset, args: EvaluationArguments, of_float: list[bool] | None = None) -> tuple[dict, list[bool]]:
+    """Return (the figures of a row of results, for each image whether the first guess is right).
+
+    `of_float` is the latter of the float model, which the drop is measured against; of itself by default.
+    """
+    figures, logits = evaluate_model(model, dataset, args)
+    right = (logits.argmax(axis=1) == dataset.labels.numpy()).tolist()
+    return figures | accuracy_fields(right, right if of_float is None else of_float), right
+
+
+def measure(trial: Trial, output_dir: Path, processor, batches, against_float) -> dict:
     """Quantize, save and evaluate one model; returns its row of the results."""
     model = AutoModelForImageClassification.from_pretrained(output_dir / "float")
     start = time.perf_counter()
     calibration = {} if trial.calibration is None else {"calibration": batches, "calibration_config": trial.calibration}
-    model.quantize(trial.config, **calibration)
+    with quiet("repvgg_hf.compression.layers"):  # the table says which codebooks are too large
+        model.quantize(trial.config, **calibration)
     seconds = time.perf_counter() - start
     folder = output_dir / trial.name
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    figures, _ = evaluate_model(model, dataset, evaluation_args)
     size = {"bytes": checkpoint_bytes(folder), "bits_per_weight": bits_per_weight(model)}
-    return trial_row(trial, figures, size, seconds)
+    size["bits_per_weight_with_one_codebook"] = bits_with_one_codebook(model)
+    return trial_row(trial, against_float(model), size, seconds)
 
 
 def trial_row(trial: Trial, figures: dict, size: dict, seconds: float) -> dict:
@@ -213,13 +249,13 @@ def trial_row(trial: Trial, figures: dict, size: dict, seconds: float) -> dict:
     return row | {"calibration_config": settings}
 
 
-def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, dataset, evaluation_args) -> dict:
+def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, against_float) -> dict:
     """The row of another library's method. Bytes are those of weights in its format and float biases."""
     model = AutoModelForImageClassification.from_pretrained(output_dir / "float")
     start = time.perf_counter()
     quantized, stored = peer.quantize(model, bits, batches)
     seconds = time.perf_counter() - start
-    figures, _ = evaluate_model(quantized, dataset, evaluation_args)
+    figures = against_float(quantized)
     layers = [layer for layer in model.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
     biases = sum(4 * layer.bias.numel() for layer in layers if layer.bias is not None)
     size = {"bytes": stored + biases, "bits_per_weight": 8 * stored / sum(layer.weight.numel() for layer in layers)}
@@ -230,14 +266,63 @@ def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, dataset
     }  # fmt: skip
 
 
+def check_options(args: QuantizeArguments, data_args: DataArguments, given: set[str]) -> None:
+    """Raise `ValueError` for a folder that is not there, `ImportError` if plots are asked for without matplotlib."""
+    if FOLDER[0] in given and not Path(data_args.dataset_name).is_dir():
+        raise ValueError(
+            f"There is no folder {data_args.dataset_name}: give a folder with one folder of pictures per class, or a "
+            "dataset on the Hub with --dataset_name."
+        )
+    try:
+        if args.plot:
+            import_matplotlib()  # or it would be missed at the end
+    except ImportError as error:
+        if "plot" in given:
+            raise
+        print(f"{error} There will be none.")
+        args.plot = False
+
+
+def draw(record: dict, args: QuantizeArguments) -> None:
+    """Draw accuracy against bits and bytes, with a ring around the recommended model."""
+    rows = record["results"] + record["peers"]
+    rows = [row | {"mark": "recommended"} if row["model"] == record["recommended"] else row for row in rows]
+    for x in ("bits", "bytes") if args.plot else ():
+        plot_accuracy(rows, Path(args.output_dir) / f"accuracy_{x}", x=x, lowest=args.plot_lowest)
+
+
+def report(record: dict, args: QuantizeArguments, data_args: DataArguments, given: set[str]) -> None:
+    """Print the table of a sweep, what is recommended and why, and the next command."""
+    images, (float_row, *rows) = record["images"], record["results"]
+    chosen, small = choose(rows, images, args.tolerance)
+    print(f"\n{args.model_name_or_path} on {images:,} images (stored: bits per weight; drop: points against float)\n")
+    print(sweep_table(record["results"] + record["peers"], float_row, images, chosen), end="\n\n")
+    data = [
+        (f"--{name}", getattr(data_args, name))
+        for name in ("dataset_name", "train_dir", "validation_dir", "image_column_name", "label_column_name")
+        if name in given and not (name == FOLDER[2] and FOLDER[0] in given)
+    ]
+    folder = [data_args.dataset_name] if FOLDER[0] in given else []
+    command = [*folder, "--model_name_or_path", args.model_name_or_path, *itertools.chain(*data)]
+    sentences = [why(chosen, small, images, args.tolerance, float_row), *map(waste, rows)]
+    sentences.append(training_helps(rows, chosen, small, images, command))
+    if record["calibration_images"] == 0 and sentences[-1] is not None:
+        sentences.append("Calibration comes first: without --calibration_images 0 it needs no training and no labels.")
+    if args.plot:
+        sentences.append(f"Accuracy against size is drawn in {Path(args.output_dir, 'accuracy_bytes.png')}.")
+    for sentence in filter(None, sentences):
+        print(sentence)
+    pictures = folder or ["PICTURE"]
+    print(f"Next: repvgg-hf predict {shlex.join([*pictures, '--model', str(Path(args.output_dir, chosen['model']))])}")
+
+
 def main(arguments: list[str] | None = None) -> dict:
-    (args, sweep, calibration, data_args, evaluation_args), arguments = parse_arguments(
-        (QuantizeArguments, SweepOptions, SweepCalibration, DataArguments, EvaluationArguments), arguments
+    (args, sweep, calibration, data_args, evaluation_args), arguments, given = parse_given(
+        (QuantizeArguments, SweepOptions, SweepCalibration, DataArguments, EvaluationArguments), arguments, FOLDER
     )
     trials = plan(args, sweep, calibration)
     peers = [peer for name in args.peers for peer in peer_methods(name)]
-    if args.plot:
-        import_matplotlib()  # or it would be missed at the end
+    check_options(args, data_args, given)
     name, output_dir = args.model_name_or_path, Path(args.output_dir)
 
     model = load_float(name, args.dequantize)
@@ -245,34 +330,42 @@ def main(arguments: list[str] | None = None) -> dict:
     dataset = load_evaluation_split(data_args, processor, model.config, evaluation_args.seed)
     batch_size, seed = calibration.calibration_batch_size, evaluation_args.seed
     batches = calibration_batches(args, data_args, processor, batch_size, seed)
-    figures, _ = evaluate_model(model.reparameterize(), dataset, evaluation_args)
+    figures, of_float = evaluate(model.reparameterize(), dataset, evaluation_args)
+
+    def against_float(model) -> dict:
+        return evaluate(model, dataset, evaluation_args, of_float)[0]
+
     kernels = repvgg_hf.kernel_report(model)
     model.save_pretrained(output_dir / "float")
+    processor.save_pretrained(output_dir / "float")
     size = {"bytes": checkpoint_bytes(output_dir / "float"), "bits_per_weight": 32.0}
     float_row = {"model": "float", "label": "float", **quantization_fields(None), "stage": "float"}
+    float_row |= figures | size | {"seconds": None, "calibration_config": None}
     record = {
         "command": ["recipes/quantize.py", *arguments],
         "seed": evaluation_args.seed,
         "images": len(dataset),
         "calibration_images": sum(map(len, batches)),
-        "results": [float_row | figures | size | {"seconds": None, "calibration_config": None}],
+        "results": [float_row],
         "peers": [],
         "float_kernels": kernels,
     }
+    used = f"calibrated on {record['calibration_images']:,} training images" if batches else "without calibration"
+    print(f"{len(trials)} models, {used}, evaluated on {len(dataset):,} images:", flush=True)
     for trial in trials:
-        record["results"].append(measure(trial, output_dir, processor, batches, dataset, evaluation_args))
+        row = measure(trial, output_dir, processor, batches, against_float)
+        print(f"  {trial.name}  top-1 {row['top1']:.1f} %, quantized in {row['seconds']:.1f} s", flush=True)
+        record["results"].append(row)
         write_json(output_dir / "quantize_results.json", record)
     for peer, bits in itertools.product(peers, sweep.bits):
         fits = bits in peer.bits and peer.activation_bits == sweep.activation_bits
         if fits and (batches or not peer.calibrated):
-            record["peers"].append(measure_peer(peer, bits, output_dir, batches, dataset, evaluation_args))
-            write_json(output_dir / "quantize_results.json", record)
+            record["peers"].append(measure_peer(peer, bits, output_dir, batches, against_float))
 
-    rows = record["results"] + record["peers"]
-    print_table(f"{name} on {len(dataset)} images", [{column: line[column] for column in TABLE} for line in rows])
-    if args.plot:
-        for x in ("bits", "bytes"):
-            plot_accuracy(rows, output_dir / f"accuracy_{x}", x=x, lowest=args.plot_lowest)
+    record["recommended"] = choose(record["results"][1:], len(dataset), args.tolerance)[0]["model"]
+    write_json(output_dir / "quantize_results.json", record)
+    draw(record, args)
+    report(record, args, data_args, given)
     return record
 
 

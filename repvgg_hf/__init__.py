@@ -3,6 +3,7 @@
 Importing the package makes RepVGG and the `cluster` quantization method known to the Auto classes.
 """
 
+import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -95,12 +96,14 @@ register_quantizer()
 
 def __getattr__(name: str):
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        similar = difflib.get_close_matches(name, __all__, n=1) if not name.startswith("_") else []
+        hint = f": did you mean {similar[0]!r}?" if similar else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     return getattr(import_module(_LAZY[name], __name__), name)
 
 
 def __dir__():
-    return sorted([*globals(), *_LAZY])
+    return sorted([*__all__, "__version__"])
 
 
 __all__ = [

@@ -61,7 +61,7 @@ def make_checkpoints(root: Path) -> dict[str, Path]:
     size = {"height": 32, "width": 32}
     processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size=size)
     for name, model in models.items():
-        write_folder(model, root / name, f"tests/{name}", processor=processor, draw_plots=False)
+        write_folder(model, root / name, f"tests/{name}", processor=processor, license="mit", draw_plots=False)
     return {name: root / name for name in models}
 
 

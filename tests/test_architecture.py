@@ -31,7 +31,7 @@ ALLOWED = {
     "compression": _LIBRARY,
     "analysis": _LIBRARY,
     "interop": _LIBRARY,
-    "training": _LIBRARY,
+    "training": [*_LIBRARY, "analysis"],
     "hub": [*_LIBRARY, "analysis", "interop"],
     "recipes": [*_LIBRARY, "analysis", "interop", "training", "hub"],
 }
@@ -299,6 +299,12 @@ def test_public_names_resolve(name):
 def test_public_names_are_declared_once_each():
     assert len(set(repvgg_hf.__all__)) == len(repvgg_hf.__all__)
     assert set(repvgg_hf.__all__) == {*repvgg_hf._LAZY, "RepVGGConfig"}
+    assert set(dir(repvgg_hf)) == {*repvgg_hf.__all__, "__version__"}
+
+
+def test_a_misspelt_public_name_gets_a_suggestion():
+    with pytest.raises(AttributeError, match="no attribute 'quantise': did you mean 'quantize'"):
+        _ = repvgg_hf.quantise
 
 
 @pytest.mark.parametrize("name", [name for name in INSIDE if room_of(name) != "recipes"])

@@ -20,7 +20,7 @@ NETWORK = "--stem_hidden_size 32 --hidden_sizes 48 96 192 256 --depths 2 4 4 1 -
 TRAINING = (
     "--augmentation crop_flip --per_device_train_batch_size 128 --learning_rate 0.1 --bf16 True --disable_tqdm True"
 )
-QUANTIZATION = "--method uniform cluster --granularity per_tensor per_channel"
+QUANTIZATION = "--method uniform cluster --granularity per_tensor per_channel --calibration_images 0"
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 
 

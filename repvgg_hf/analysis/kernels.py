@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..runtime.reparameterization import fused_convolutions
+from ..runtime.tensors import require_module
 
 BIN_WIDTH = 0.5  # standard deviations
 
@@ -33,6 +34,7 @@ def kernel_report(model) -> list[dict]:
     >>> model = RepVGGForImageClassification(RepVGGConfig(num_labels=10))
     >>> worst = max(kernel_report(model), key=lambda entry: entry["kurtosis"])
     ```"""
+    require_module(model)
     fused = fused_convolutions(model)
     inside = tuple(f"{name}." for name in fused)
     return [

@@ -26,8 +26,25 @@ STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "repvgg_hf",  # ids, and so the file, are the same each time
 }
+# An SVG changes its colors where the reader's system is dark. Its background does, too: a page may be dark by itself.
+DARK = """
+@media (prefers-color-scheme: dark) {
+  [style*="fill: #ffffff"] { fill: #0d1117 !important }
+  [style*="stroke: #000000"] { stroke: #e6edf3 !important }
+  [style*="fill: #000000"] { fill: #e6edf3 !important }
+  [style*="stroke: #dddddd"] { stroke: #30363d !important }
+  [style*="stroke: #666666"] { stroke: #9198a1 !important }
+  [style*="stroke: #999999"] { stroke: #9198a1 !important }
+  [style*="stroke: #0072b2"] { stroke: #56b4e9 !important }
+  [style*="fill: #0072b2"] { fill: #56b4e9 !important }
+  [style*="stroke: #56b4e9"] { stroke: #b3e0ff !important }
+  [style*="fill: #56b4e9"] { fill: #b3e0ff !important }
+  text { fill: #e6edf3 }
+}
+"""
 X_AXES = {"bits": ("bits_per_weight", "stored bits per weight"), "bytes": ("bytes", "checkpoint size")}
 FORMATS = ("png", "svg")
+WIDTH = 5.6  # inches, at which text is still read on a telephone
 
 
 def plot_accuracy(
@@ -43,7 +60,8 @@ def plot_accuracy(
     Args:
         results (`list[dict]`): a mapping for each model: `label` names its line, `top1` is in percent, and there are
             `bits_per_weight` and `bytes`, as `recipes/quantize.py` writes them. The one labeled `"float"` becomes a
-            dashed horizontal line.
+            dashed horizontal line, and against bytes a point on it. A row that has a `mark`, such as `"recommended"`,
+            gets a ring, which the legend explains.
         path (`str` or `Path`): the files' path without its suffix. The same results give the same bytes.
         x (`str`, defaults to `"bits"`): `"bits"` for the stored bits per weight, or `"bytes"` for the size of the
             checkpoint on a logarithmic axis.
@@ -68,15 +86,22 @@ def plot_accuracy(
 
     with matplotlib.style.context(["default", STYLE]):
         height = max(3.8, 0.4 + 0.19 * len(lines))  # the legend has a line for each
-        figure = matplotlib.figure.Figure(figsize=(7.2, height), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
         if reference is not None:
-            axes.axhline(reference[0][1], color="#666666", linestyle="--", linewidth=1, label="float", gid="float")
+            style = {"color": "#666666", "linestyle": "--", "linewidth": 1}
+            axes.axhline(reference[0][1], label="float", gid="float", **style)
+            if x == "bytes":  # an axis of 32 bits would leave no room for the others
+                axes.plot(*reference[0], color="#666666", marker="*", markersize=8, gid="float-point", zorder=3)
         # in the legend as in the figure: the most accurate at the fewest bits on top
         for index, (label, points) in enumerate(sorted(lines.items(), key=lambda line: -line[1][0][1])):
             style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
             style["linestyle"] = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
             axes.plot(*zip(*points), label=_plain(label), gid=f"line-{index}", zorder=3, **style)
+        for mark in dict.fromkeys(row["mark"] for row in results if "mark" in row):
+            points = [(row[key], row["top1"]) for row in results if row.get("mark") == mark]
+            style = {"color": "#000000", "linestyle": "", "marker": "o", "markersize": 11, "fillstyle": "none"}
+            axes.plot(*zip(*points), label=_plain(mark), gid=f"mark-{mark}", zorder=4, **style)
         axes.set(xlabel=x_label, ylabel="top-1 (%)", title=title)
         if lowest is not None:
             axes.set_ylim(lowest, highest + 0.05 * (highest - lowest))
@@ -154,7 +179,7 @@ def plot_kernel_histogram(
     edges = widths.pop() * torch.arange(first, last + 1, dtype=torch.float64)
 
     with matplotlib.style.context(["default", STYLE]):
-        figure = matplotlib.figure.Figure(figsize=(7.2, 3.2), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axes = figure.subplots()
         for index, (name, histogram) in enumerate(histograms.items()):
             before = histogram["first"] - first
@@ -180,9 +205,12 @@ def _plain(label: str) -> str:
 
 
 def _add_legend(figure, axes) -> None:
-    """Add a legend below the axes, which keep the whole width, or beside them if there are many lines."""
-    few = len(axes.get_legend_handles_labels()[1]) <= 6
-    place = {"loc": "outside lower center", "ncols": 2} if few else {"loc": "outside right upper"}
+    """Add a legend below the axes, which keep the whole width, or beside them if there are many short lines."""
+    labels = axes.get_legend_handles_labels()[1]
+    longest = max(map(len, labels))
+    place = {"loc": "outside lower center", "ncols": 2 if longest < 30 else 1}
+    if len(labels) > 6:
+        place = {"loc": "outside right upper"}
     figure.legend(frameon=False, handlelength=3, **place)
 
 
@@ -216,6 +244,9 @@ def _save(figure, path: str | Path, formats: Sequence[str]) -> None:
     for name in formats:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=name, dpi=200, metadata=metadata[name])
+        content = buffer.getvalue()
+        if name == "svg":
+            content = content.replace(b"<defs>", b"<style>" + DARK.encode() + b"</style>\n <defs>", 1)
         temporary = path.with_name(f"{path.name}.{name}.tmp")
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(content)
         os.replace(temporary, path.with_name(f"{path.name}.{name}"))

@@ -25,6 +25,17 @@ def bits_per_weight(model) -> float:
     return stored_bits / numel
 
 
+def bits_with_one_codebook(model) -> float:
+    """Return the [`bits_per_weight`] of a quantized model if each layer had one codebook and a scale for each channel.
+
+    Layers that are float are left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ClusterLayer)]
+    entries = sum(layer.weight_codebook.shape[1] * layer.weight_codebook.element_size() for layer in layers)
+    stored_bytes = entries + sum(layer.weight_codes.numel() + 4 * layer.weight_shape[0] for layer in layers)
+    return 8 * stored_bytes / sum(layer.weight_numel for layer in layers)
+
+
 def checkpoint_bytes(folder: str | Path) -> int:
     """Return the bytes of the weight files in a checkpoint folder. Raises `ValueError` if there are none."""
     files = list(Path(folder).glob("*.safetensors"))

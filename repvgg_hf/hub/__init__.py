@@ -4,6 +4,7 @@
 `space.py` makes a page that runs models in the browser. May import runtime/, interop/ and analysis/.
 """
 
+from .about import About, Example
 from .card import ModelCard
 from .complexity import Complexity, measure_complexity
 from .folder import write_folder
@@ -13,9 +14,11 @@ from .space import publish_space, write_space
 from .upload import Published
 
 __all__ = [
+    "About",
     "Complexity",
     "DatasetInfo",
     "EngineResult",
+    "Example",
     "HistogramResult",
     "KernelResult",
     "LatencyResult",

@@ -27,5 +27,5 @@ args = parser.parse_args()
 for path in args.cards:
     card = read_card(path)
     if not args.text_only:
-        draw_figures(card.results, card.repo_id, path.parent, only=card.plots or {})
+        draw_figures(card.results, card.repo_id, path.parent, only=card.plots or {}, published=card.published)
     write_text(path.with_suffix(".md"), str(card))

@@ -15,15 +15,19 @@ from huggingface_hub.utils import yaml_dump
 
 from ..runtime.configuration_repvgg import RepVGGConfig
 from ..runtime.quantization_cluster import ClusterConfig
+from .about import About, Example
 from .complexity import measure_complexity
 from .drawing import figure_paths
 from .engines import engines_section
 from .integers import integers_section
 from .names import check_license, check_ref, check_repo_id
 from .results import ModelResult, Results, build, check, read_json
+from .snippets import usage_section
+from .summary import family_of, family_table, headline
 from .tables import (
     cell,
     code_block,
+    details,
     file_size,
     folded,
     granularity_in_words,
@@ -48,11 +52,10 @@ CITATION = """@article{niu2024outlier,
   year      = {2021}
 }"""
 
-# what models share that differ in bits alone
-MADE_ALIKE = ("method", "granularity", "channel_scale", "training", "activation_bits")
+CLASSES_SHOWN = 12  # of more, all are folded away
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelCard:
     """All that one card is made of; `str(card)` is the README.md.
 
@@ -65,8 +68,11 @@ class ModelCard:
         revision (`str`, *optional*): branch or tag that holds the model, if not `main`.
         plots (`dict[str, str]`, *optional*): captions by path in the repository, of the figures drawn from `results`
             and of others.
-        license (`str`, defaults to `"apache-2.0"`): license of the weights, as the Hub spells it.
+        license (`str`): license of the weights, as the Hub spells it.
         files (`dict[str, int]`, *optional*): bytes of the files for engines, by path in the repository.
+        links (`dict[str, str]`, *optional*): addresses of the other models in `results.models`, by name.
+        about ([`About`], *optional*): what the author says of the model.
+        example ([`Example`], *optional*): a picture and what the model says of it.
 
     Raises `ValueError` naming the field for a bad value.
     """
@@ -74,12 +80,15 @@ class ModelCard:
     repo_id: str
     config: dict
     image_size: int
+    license: str
     results: Results | None = None
     published: str | None = None
     revision: str | None = None
     plots: dict | None = None
-    license: str = "apache-2.0"
     files: dict | None = None
+    links: dict | None = None
+    about: About | None = None
+    example: Example | None = None
 
     def __post_init__(self):
         check(self, "card")
@@ -100,8 +109,9 @@ class ModelCard:
         write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def __str__(self) -> str:
-        sections = [self.introduction(), self.usage(), self.model_section(), self.results_section()]
-        sections += [integers_section(self.quantization), self.engines_section(), self.making_section(), self.limits()]
+        sections = [self.introduction(), self.family(), self.example_section(), self.usage(), self.model_section()]
+        sections += [self.results_section(), integers_section(self.quantization), self.engines_section()]
+        sections += [self.making_section(), self.limits()]
         sections += [f"## Citation\n\n{code_block(CITATION, 'bibtex')}"]
         body = "\n\n".join(section for section in sections if section)
         return f"---\n{self.metadata().to_yaml()}\n---\n\n{body}\n"
@@ -147,46 +157,58 @@ class ModelCard:
             if config.deploy
             else "in train form, with the branches of every layer"
         )
-        lines = [
-            f"# {cell(self.name)}",
-            "",
-            f"RepVGG image classifier with {config.num_labels} classes and {self.weights}, {form}. "
-            + (
+        training = "It was trained with plain batch normalization."
+        if config.oabn:
+            training = (
                 "It was trained with outlier-aware batch normalization (OABN), which bounds what the 1x1 and identity "
                 "branches add to the fused kernel, so that few bits are enough."
-                if config.oabn
-                else "It was trained with plain batch normalization."
-            ),
-        ]
-        return "\n".join(lines + self.accuracy())
+            )
+        return "\n\n".join(
+            [
+                *self.title(),
+                f"RepVGG image classifier with {config.num_labels} classes and {self.weights}, {form}. {training}",
+                *self.accuracy(),
+            ]
+        )
+
+    def title(self) -> list[str]:
+        """Return the title, and the line that sums up what was measured, if anything was."""
+        return [f"# {cell(self.name)}"] + ([headline(self.results, self.published)] if self.results else [])
 
     def accuracy(self) -> list[str]:
-        """Return the lines that tell the published model's accuracy and size; none if nothing was measured."""
+        """Return the line that tells the published model's accuracy and size; none if nothing was measured."""
         if not self.results:
             return []
         rows, dataset = self.results.select(self.published), self.results.dataset
         top1 = sum(row.top1 for row in rows) / len(rows)
         return [
-            "",
             f"**Top-1 {top1:.2f} %** on {cell(dataset.name)}, {cell(dataset.split)} ({rows[0].images:,} images), "
-            f"**{file_size(rows[0].bytes)}** of weights.",
+            f"**{file_size(rows[0].bytes)}** of weights."
         ]
+
+    def family(self) -> str:
+        """Return the table of models that differ in bits, and accuracy against bytes; empty if there is one alone."""
+        if self.results is None:
+            return ""
+        parts = [family_table(self.results, self.published, self.links or {}), self.plot("accuracy")]
+        return "\n\n".join(filter(None, parts))
+
+    def plot(self, kind: str) -> str:
+        """Return the figure of this kind with its caption; empty if the card has none."""
+        path = figure_paths(self.results, self.repo_id).get(kind)
+        return shown_plot(path, self.plots[path]) if path in (self.plots or {}) else ""
+
+    def example_section(self) -> str:
+        """Return the picture and what the model says of it; empty without one."""
+        if self.example is None:
+            return ""
+        guesses = zip(self.example.labels, self.example.probabilities)
+        said = ", ".join(f"{cell(label)} {100 * probability:.1f} %" for label, probability in guesses)
+        return f"![{cell(self.example.labels[0])}]({quote(self.example.path)})\n\n*The model says: {said}*"
 
     def usage(self) -> str:
         """Return the section that shows how to load the model."""
-        revision = f", revision={json.dumps(self.revision, ensure_ascii=False)}" if self.revision else ""
-        code = (
-            "from transformers import pipeline\n\n"
-            f'name = "{self.repo_id}"\n'
-            f'classifier = pipeline("image-classification", name{revision}, trust_remote_code=True)\n'
-            'print(classifier("image.png"))'
-        )
-        return (
-            f"## Use\n\n{code_block(code, 'python')}\n\n"
-            "`trust_remote_code` runs the modeling code in this repository. With `pip install repvgg-hf` and "
-            "`import repvgg_hf` first, the installed code runs instead and the argument can go. `AutoModel`, "
-            "`AutoModelForImageClassification` and `AutoBackbone` load it likewise."
-        )
+        return usage_section(self.repo_id, self.revision)
 
     def model_section(self) -> str:
         """Return the section with the model's complexity, in train form and fused."""
@@ -197,7 +219,17 @@ class ModelCard:
             ["activations", *(quantity(form.activations) for form in forms)],
             ["image size", *[f"{self.image_size} x {self.image_size}"] * 2],
         ]
-        return f"## Model\n\n{table(['', 'train form', 'fused'], rows)}"
+        return f"## Model\n\n{table(['', 'train form', 'fused'], rows)}{self.classes()}"
+
+    def classes(self) -> str:
+        """Return the names of the classes, with an empty line before; empty if they have none."""
+        names = [cell(str(name)) for _, name in sorted(self.model_config.id2label.items())]
+        if all(name == f"LABEL\\_{index}" for index, name in enumerate(names)):
+            return ""
+        listed = ", ".join(names)
+        if len(names) > CLASSES_SHOWN:
+            return "\n\n" + details(f"The {len(names):,} classes", listed)
+        return f"\n\nClasses: {listed}."
 
     def results_section(self) -> str:
         """Return the section with all that was measured; empty if nothing was."""
@@ -206,11 +238,12 @@ class ModelCard:
         results = self.results
         dataset = f"{cell(results.dataset.name)}, {cell(results.dataset.split)}"
         parts = [f"## Results\n\nOn {dataset}; accuracy in percent. The published weights are in bold."]
-        parts.append(models_table(results.models, self.published))
-        parts.append(methods_table(results.models))
-        plots = {path: f"![{cell(text)}]({quote(path)})\n\n*{cell(text)}*" for path, text in (self.plots or {}).items()}
-        about_kernels = plots.pop(figure_paths(results, self.repo_id).get("kernels"), "")
-        parts += [*plots.values(), kernels_table(results.kernels_before, results.kernels_after), about_kernels]
+        parts.append(details("All measured models", models_table(results.models, self.published)))
+        if methods := methods_table(results.models):
+            parts.append(details("Methods side by side, top-1", methods))
+        drawn = figure_paths(results, self.repo_id).values()
+        parts += [shown_plot(path, text) for path, text in (self.plots or {}).items() if path not in drawn]
+        parts += [kernels_table(results.kernels_before, results.kernels_after), self.plot("kernels")]
         parts.append(latency_table(results.latency))
         return "\n\n".join(part for part in parts if part)
 
@@ -227,18 +260,20 @@ class ModelCard:
 
     def making_section(self) -> str:
         """Return the section with the description and the commands; empty if there are none."""
-        if self.results is None or not (self.results.description or self.results.commands):
-            return ""
-        parts = ["## How it was made"]
-        if self.results.description:
+        parts, about = [], self.about or About()
+        if self.results is not None and self.results.description:
             parts.append(cell(self.results.description))
-        if self.results.commands:
-            parts.append(code_block("\n".join(map(folded, self.results.commands)), "bash"))
-        return "\n\n".join(parts)
+        told = {"Started from": about.base_model, "Training data": about.training_data}
+        told["License of the training data"] = about.training_data_license
+        parts += [f"{title}: {cell(text)}" for title, text in told.items() if text]
+        if self.results is not None and self.results.commands:
+            commands = code_block("\n".join(map(folded, self.results.commands)), "bash")
+            parts.append(details("Commands", commands))
+        return "\n\n".join(["## How it was made", *parts]) if parts else ""
 
     def limits(self) -> str:
         """Return the section that says what the model is not good for and what was not measured."""
-        lines = ["## Limits", ""]
+        lines = [*self.intended_use(), "## Limits", ""]
         if self.quantization is not None:
             lines.append(
                 "- The weights are decoded to floating point when the model first runs: few bits make the download "
@@ -258,6 +293,11 @@ class ModelCard:
                 lines.append("- One training run was measured: the spread between seeds is not known.")
         return "\n".join(lines)
 
+    def intended_use(self) -> list[str]:
+        """Return the lines of the section about what the model is for; none if its author did not say."""
+        text = self.about.intended_use if self.about is not None else ""
+        return ["## Intended use", "", cell(text), ""] if text else []
+
     def metadata(self) -> ModelCardData:
         """Return the YAML block: tags, license, and `model-index` with an entry for each bit-width."""
         tags = ["image-classification", "repvgg", "re-parameterization", "vision"]
@@ -269,6 +309,7 @@ class ModelCard:
             library_name="transformers",
             pipeline_tag="image-classification",
             tags=tags,
+            base_model=self.about.base_model if self.about is not None else None,
             datasets=[dataset.hub_id] if dataset and dataset.hub_id else None,
             metrics=["accuracy"] if self.results else None,
             model_name=self.name if self.results else None,
@@ -281,13 +322,8 @@ class ModelCard:
         They are told apart by the metric's name, config and arguments, as the Hub drops entries that differ in nothing
         else.
         """
-        shown, dataset = self.results.select(self.published)[0], self.results.dataset
-        kin = [
-            result.model
-            for result in self.results.models
-            if not result.quantized or all(getattr(result, key) == getattr(shown, key) for key in MADE_ALIKE)
-        ]
-        names = dict.fromkeys([self.published, *kin])
+        dataset = self.results.dataset
+        names = dict.fromkeys([self.published, *family_of(self.results, self.published)])
         entries = []
         for name in names:
             rows = self.results.select(name)
@@ -324,6 +360,11 @@ class ModelCard:
             notes=f"top-1 accuracy in percent, {dataset.split} split, {rows[0].images} images, {self.weights}",
         )
         return yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def shown_plot(path: str, caption: str) -> str:
+    """Return the Markdown of an image with its caption."""
+    return f"![{cell(caption)}]({quote(path)})\n\n*{cell(caption)}*"
 
 
 def mean_of(rows: list[ModelResult], key: str) -> float | None:

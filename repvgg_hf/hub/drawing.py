@@ -26,9 +26,13 @@ def figure_paths(results: Results | None, repo_id: str) -> dict[str, str]:
 
 
 def draw_figures(
-    results: Results | None, repo_id: str, folder: Path, only: Iterable[str] | None = None
+    results: Results | None,
+    repo_id: str,
+    folder: Path,
+    only: Iterable[str] | None = None,
+    published: str | None = None,
 ) -> dict[str, str]:
-    """Draw the figures of `results` below `folder`; returns captions by path there.
+    """Draw the figures of `results` below `folder`, with a ring around `published`; returns captions by path there.
 
     With `only`, figures whose paths are not in it are left out. Without matplotlib `ImportError` is raised, which names
     the choices.
@@ -46,14 +50,14 @@ def draw_figures(
     for kind, path in paths.items():
         drawn = folder / path.removesuffix(".svg")
         if kind == "accuracy":
-            plot_accuracy(accuracy_rows(results), drawn, x="bytes", formats=["svg"])
+            plot_accuracy(accuracy_rows(results, published), drawn, x="bytes", formats=["svg"])
         else:
             histograms = {entry.name: asdict(entry) for entry in results.histograms}
             plot_kernel_histogram(histograms, drawn, formats=["svg"])
     return {path: CAPTIONS[kind] for kind, path in paths.items()}
 
 
-def accuracy_rows(results: Results) -> list[dict]:
+def accuracy_rows(results: Results, published: str | None = None) -> list[dict]:
     """Return a point for each model, averaged over seeds, as [`~repvgg_hf.analysis.plots.plot_accuracy`] takes them."""
     rows = []
     for measurements in by_model(results.models).values():
@@ -63,5 +67,5 @@ def accuracy_rows(results: Results) -> list[dict]:
         row = {"label": ", ".join(filter(None, [first.method, granularity, activations, first.training]))}
         for key in ("top1", "bytes"):
             row[key] = statistics.fmean(getattr(measurement, key) for measurement in measurements)
-        rows.append(row)
+        rows.append(row | ({"mark": "published"} if first.model == published else {}))
     return rows

@@ -1,16 +1,13 @@
 """Files for engines in a model's repository: writing them, and what the card says of them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..interop.engines import ENGINES
 from ..interop.formats import FORMATS, check_formats, export_format
 from .results import EngineResult, Results
-from .tables import cell, code_block, table
-
-# transformers.js's name of the numbers in an ONNX file, by the end of its name; others are loaded by that itself
-_DTYPES = {"": "fp32", "_quantized": "q8", "_q4": "q4", "_q2": "q2", "_q1": "q1", "_int8": "int8"}
+from .snippets import javascript, onnx_runtime
+from .tables import cell, code_block, details, table
 
 
 def write_engine_files(model, target: Path, formats: Sequence[str], image_size: int | None) -> dict[str, int]:
@@ -67,10 +64,11 @@ def engines_section(
         )
     script = next((path for path in files if path.startswith("onnx/")), None)
     if script is not None and classifies:
-        parts.append(
-            "In browsers and Node, with transformers.js, by its `AutoModel`, which takes any model type:\n\n"
-            + code_block(javascript(name, revision, script), "js")
-        )
+        python = code_block(onnx_runtime(name, revision, script), "python")
+        parts.append(details("In Python, with ONNX Runtime alone", python))
+        lines = code_block(javascript(name, revision, script), "js")
+        takes = "Its `AutoModel` takes any model type.\n\n"
+        parts.append(details("In browsers and Node, with transformers.js", takes + lines))
     return "\n\n".join(parts)
 
 
@@ -96,24 +94,3 @@ def _engine_of(path: str) -> str:
     if kind is None:
         return ""
     return kind.title if kind.engine is None else ENGINES[kind.engine].title
-
-
-def javascript(name: str, revision: str | None, path: str) -> str:
-    """Return the lines that classify a picture with an ONNX file of a repository, by transformers.js."""
-    stem = Path(path).stem
-    end = stem.removeprefix("model")
-    options = {"dtype": _DTYPES[end]} if end in _DTYPES else {"model_file_name": stem, "dtype": "fp32"}
-    options |= {"revision": revision} if revision else {}
-    of_processor = f", {_object({'revision': revision})}" if revision else ""
-    return (
-        'import { AutoModel, AutoProcessor, ImageClassificationPipeline } from "@huggingface/transformers";\n\n'
-        f"const name = {json.dumps(name)};\n"
-        f"const model = await AutoModel.from_pretrained(name, {_object(options)});\n"
-        f"const processor = await AutoProcessor.from_pretrained(name{of_processor});\n"
-        'const classifier = new ImageClassificationPipeline({ task: "image-classification", model, processor });\n'
-        'console.log(await classifier("image.png"));'
-    )
-
-
-def _object(values: dict) -> str:
-    return "{ " + ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()) + " }"

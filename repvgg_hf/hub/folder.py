@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from ..analysis import checkpoint_bytes
 from ..interop.formats import check_formats
 from ..runtime.checkpoints import weight_files, weights_checksum
 from ..runtime.marker import has_own_code
+from ..runtime.saving import give_ordinary_modes
+from .about import About, make_example
 from .card import ModelCard, write_text
 from .drawing import draw_figures
 from .engines import check_measured, write_engine_files
@@ -33,8 +36,10 @@ def write_folder(
     revision: str | None = None,
     plots: dict[str, str | Path] | None = None,
     draw_plots: bool = True,
-    license: str = "apache-2.0",
+    license: str,
     formats: Sequence[str] = (),
+    about: About | None = None,
+    example: str | Path | None = None,
 ) -> ModelCard:
     """Write weights, configuration, processor, card and runtime code into a new folder; returns the card.
 
@@ -66,9 +71,11 @@ def write_folder(
             published = published or find_published(config, results, checkpoint_bytes(target))
         files = write_engine_files(model, target, formats, image_size)
         check_measured(files, results, published)
-        captions = draw_figures(results, repo_id, target) if draw_plots else {}
-        card_class, more = (ModelCard, {}) if own else (NetworkCard, {"base_model": float_source(model)})
-        card = card_class(
+        captions = draw_figures(results, repo_id, target, published=published) if draw_plots else {}
+        about = about or About()
+        if about.base_model is None and not own:
+            about = replace(about, base_model=float_source(model))
+        card = (ModelCard if own else NetworkCard)(
             repo_id=repo_id,
             config=config,
             image_size=image_size,
@@ -78,15 +85,22 @@ def write_folder(
             plots=captions | copy_plots(plots or {}, target),
             license=license,
             files=files or None,
-            **more,
+            about=about if about != About() else None,
         )
-        write_text(target / "README.md", str(card))
-        card.to_json(target / "card.json")
+        if example is not None:
+            card.example = make_example(model, processor, example, target, repo_id.rpartition("/")[2])
+        write_card(card, target)
         if (entries := card.eval_results_yaml()) is not None:
             (target / ".eval_results").mkdir()
             name = re.sub(r"[^A-Za-z0-9]+", "-", results.dataset.hub_id)
             write_text(target / ".eval_results" / f"{name}.yaml", entries)
     return card
+
+
+def write_card(card: ModelCard, folder: Path) -> None:
+    """Write a card, and what it is made of, into `folder`."""
+    write_text(folder / "README.md", str(card))
+    card.to_json(folder / "card.json")
 
 
 def add_code(model, config: dict, target: Path) -> dict:
@@ -114,6 +128,7 @@ def complete_folder(folder: str | Path) -> Iterator[Path]:
         target = Path(temporary) / "new"
         target.mkdir()
         yield target
+        give_ordinary_modes(target)
         if folder.exists():
             folder.rmdir()
         os.replace(target, folder)

@@ -1,4 +1,4 @@
-"""Checking the names that a publication is sent under: repository, branches and tags, license."""
+"""Checking what a publication is sent under: repository, branches and tags, license, who sees it."""
 
 import difflib
 import re
@@ -48,6 +48,15 @@ def check_ref(name: str | None, argument: str) -> None:
         raise ValueError(
             f"{argument} {name!r} can't be a branch or tag{found}: give letters, digits, '-', '_' and '.', such as "
             "'w4' or 'v1.0'."
+        )
+
+
+def check_private(private: bool | None) -> None:
+    """Raise `ValueError` if nobody said who may see a repository."""
+    if private is None:
+        raise ValueError(
+            "private is not given: say private=False for a repository that everybody sees, or private=True for one "
+            "that only you and your organization do."
         )
 
 

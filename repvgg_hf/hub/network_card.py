@@ -22,16 +22,15 @@ TASKS = {
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class NetworkCard(ModelCard):
     """The card of a quantized model that is not a RepVGG, with the same fields; `image_size` is not used.
 
     No code travels with such a checkpoint, as its class is of Transformers: the card says that loading needs this
-    package, and how. `base_model` (`str`, *optional*) is the Hub id of the float model.
+    package, and how. `about.base_model` is the Hub id of the float model.
     """
 
     image_size: int | None = None
-    base_model: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,12 +52,13 @@ class NetworkCard(ModelCard):
 
     def introduction(self) -> str:
         """Return the title, what the model is, and its accuracy and size."""
-        source = f" of `{self.base_model}`" if self.base_model else ""
-        lines = [f"# {cell(self.name)}", "", f"`{self.architecture}`{source} with {self.weights}."]
+        base = self.about.base_model if self.about is not None else None
+        source = f" of `{base}`" if base else ""
+        text = f"`{self.architecture}`{source} with {self.weights}."
         fused = self.quantization.fused_structure
         if fused:
-            lines[-1] += f" {len(fused)} modules of its branches were fused into plain convolutions before."
-        return "\n".join(lines + self.accuracy())
+            text += f" {len(fused)} modules of its branches were fused into plain convolutions before."
+        return "\n\n".join([*self.title(), text, *self.accuracy()])
 
     def usage(self) -> str:
         """Return the section that shows how to load the model, and what happens without the package."""
@@ -89,7 +89,7 @@ class NetworkCard(ModelCard):
         )
         if self.computes_integers:
             decoded += " (That is so in PyTorch; engines compute with integers.)"
-        return f"## Limits\n\n{decoded}\n{measured}"
+        return "\n".join([*self.intended_use(), "## Limits", "", decoded, measured])
 
     def metadata(self) -> ModelCardData:
         """Return the YAML block."""
@@ -100,7 +100,7 @@ class NetworkCard(ModelCard):
             library_name="transformers",
             pipeline_tag=task,
             tags=["repvgg_hf", "quantization", f"{self.quantization.bits}-bit", "vision"],
-            base_model=self.base_model,
+            base_model=self.about.base_model if self.about is not None else None,
             datasets=[dataset.hub_id] if dataset and dataset.hub_id else None,
             metrics=["accuracy"] if self.results else None,
             model_name=self.name if self.results else None,

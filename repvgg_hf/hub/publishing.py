@@ -10,8 +10,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..interop.formats import check_formats
-from .folder import complete_folder, write_folder
-from .names import check_license, check_ref, check_repo_id
+from .about import About
+from .card import ModelCard
+from .folder import complete_folder, write_card, write_folder
+from .names import check_license, check_private, check_ref, check_repo_id
 from .results import Results
 from .upload import MODEL, Published, RepoKind, repeat, upload
 
@@ -26,8 +28,10 @@ def publish(
     plots: dict[str, str | Path] | None = None,
     draw_plots: bool = True,
     formats: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str,
     private: bool | None = None,
+    about: About | None = None,
+    example: str | Path | None = None,
     revision: str | None = None,
     tag: str | None = None,
     create_pr: bool = False,
@@ -56,9 +60,12 @@ def publish(
         formats (sequence of `str`, *optional*): files for engines that go into folders of the repository, such as
             `("onnx", "openvino")`, see [`~repvgg_hf.interop.formats.export_format`]; the card lists them, with what
             `results.engines` has of them.
-        license (`str`, defaults to `"apache-2.0"`): license of the weights, as the Hub spells it.
-        private (`bool`, *optional*): whether a new repository is private. With `True` an existing public one is
-            refused.
+        license (`str`): license of the weights, as the Hub spells it, such as `"cc-by-4.0"`.
+        private (`bool`): whether the repository is private. An existing one that is not so is refused. Only a dry run
+            needs no answer.
+        about ([`About`], *optional*): what the model is for and what it was trained on, for the card.
+        example (`str` or `Path`, *optional*): a picture to show on the card, small and without its metadata, with what
+            the model says of it.
         revision (`str`, *optional*): branch to publish to, created (empty) if there is none; `main` by default.
         tag (`str`, *optional*): tag to put on the commit.
         create_pr (`bool`, defaults to `False`): open a pull request instead of changing the branch.
@@ -75,13 +82,13 @@ def publish(
     `ImportError` without matplotlib; `HfHubHTTPError` if the Hub refuses; `ConnectionError` if it can't be reached. The
     branch is then as before, and publishing again sends only what is missing.
     """
-    check_dry_run(dry_run, folder)
+    check_destination(dry_run, folder, private)
     if create_pr and (revision or tag):
         raise ValueError("create_pr proposes a change of main: leave out revision and tag.")
     check_ref(revision, "revision")
     check_ref(tag, "tag")
     options = {"processor": processor, "published": published, "revision": revision, "plots": plots}
-    options |= {"draw_plots": draw_plots, "license": license, "formats": formats}
+    options |= {"draw_plots": draw_plots, "license": license, "formats": formats, "about": about, "example": example}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repo" if folder is None else Path(folder)
         card = write_folder(model, folder, repo_id, results, **options)
@@ -104,8 +111,10 @@ def publish_family(
     plots: dict[str, str | Path] | None = None,
     draw_plots: bool = True,
     formats: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str,
     private: bool | None = None,
+    about: About | None = None,
+    example: str | Path | None = None,
     overwrite: bool = False,
     commit_message: str | None = None,
     token: str | bool | None = None,
@@ -130,7 +139,7 @@ def publish_family(
 
     The other arguments, and what is raised, are those of [`publish`].
     """
-    check_dry_run(dry_run, folder)
+    check_destination(dry_run, folder, private)
     if as_revisions and "main" in models:
         raise ValueError("main is the branch that gets the first model: call the model 'main' something else.")
     places = {name: (repo_id, name) if as_revisions else (f"{repo_id}-{name}", None) for name in models}
@@ -142,6 +151,7 @@ def publish_family(
     check_license(license)
     check_formats(formats)
     options = {"processor": processor, "plots": plots, "draw_plots": draw_plots, "license": license, "formats": formats}
+    options |= {"about": about, "example": example}
     first, published = next(iter(models)), published or {}
     with tempfile.TemporaryDirectory() as temporary:
         folder, cards = Path(temporary) / "family" if folder is None else Path(folder), {}
@@ -150,6 +160,9 @@ def publish_family(
                 model = name if name in models else first
                 more = {"published": published.get(model), "revision": revision}
                 cards[name] = write_folder(models[model], root / name, repo, results, **more, **options)
+            for name, card in cards.items():
+                card.links = links_between(cards, places)
+                write_card(card, root / name)
         if dry_run:
             return None
         done, options = {}, {"private": private, "overwrite": overwrite, "token": token, "kind": kind_of(models[first])}
@@ -168,10 +181,24 @@ def kind_of(model) -> RepoKind:
     return replace(MODEL, words=words, mark=("model_type", model_type))
 
 
-def check_dry_run(dry_run: bool, folder: str | Path | None) -> None:
-    """Raise `ValueError` for a dry run that would keep nothing."""
+def links_between(cards: dict[str, ModelCard], places: dict[str, tuple[str, str | None]]) -> dict[str, str] | None:
+    """Return the addresses of the models of a family, by their names in the results; `None` without results."""
+    links = {}
+    for name, card in cards.items():
+        repo, revision = places[name]
+        if card.published is not None and revision != "main":
+            links.setdefault(
+                card.published, f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
+            )
+    return links or None
+
+
+def check_destination(dry_run: bool, folder: str | Path | None, private: bool | None) -> None:
+    """Raise `ValueError` for a dry run that would keep nothing, or if nobody said who may see the repository."""
     if dry_run and folder is None:
         raise ValueError("dry_run writes the files and stops: say where with folder=<new folder>.")
+    if not dry_run:
+        check_private(private)
 
 
 def collect(title: str, repos: list[str], private: bool, token: str | bool | None) -> None:

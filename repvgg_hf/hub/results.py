@@ -1,5 +1,6 @@
 """The figures that a model card shows: what was measured, checked field by field when it is read."""
 
+import difflib
 import json
 import math
 import os
@@ -304,7 +305,9 @@ def build(cls, values, where: str):
     hints = get_type_hints(cls)
     unknown = [name for name in values if name not in hints]
     if unknown:
-        raise ValueError(f"{where} has an unknown field {unknown[0]!r}: {cls.__name__} has {', '.join(hints)}.")
+        similar = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"{cls.__name__} has {', '.join(hints)}."
+        raise ValueError(f"{where} has an unknown field {unknown[0]!r}: {hint}")
     arguments = {}
     for name, value in values.items():
         hint = without_none(hints[name])

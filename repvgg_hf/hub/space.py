@@ -17,7 +17,7 @@ from PIL import Image
 from .card import write_text
 from .drawing import accuracy_rows
 from .folder import complete_folder
-from .names import check_license, check_repo_id
+from .names import check_license, check_private, check_repo_id
 from .results import FLOAT, Results, check_text, read_json
 from .space_models import SpaceModel, describe_models, find_measured
 from .space_pixels import pixel_settings
@@ -55,8 +55,8 @@ def publish_space(
     onnxruntime_web: str | Path = f"node_modules/{PACKAGE}",
     title: str | None = None,
     measured: dict[str, str] | None = None,
-    license: str = "apache-2.0",
-    private: bool | None = None,
+    license: str,
+    private: bool | None,
     overwrite: bool = False,
     commit_message: str | None = None,
     token: str | bool | None = None,
@@ -69,7 +69,7 @@ def publish_space(
     Args:
         repo_id (`str`): `"namespace/name"` of the Space, which is created if there is none.
         title (`str`, *optional*): the page's heading, by default the name in `repo_id`.
-        private (`bool`, *optional*): whether a new Space is private. With `True` an existing public one is refused.
+        private (`bool`): whether the Space is private. An existing one that is not so is refused.
         overwrite (`bool`, defaults to `False`): publish into a Space that holds something else. Its other files stay.
         commit_message (`str`, *optional*): first line of the commit, "Publish <title>" by default.
         token (`str` or `bool`, *optional*): as in `huggingface_hub`; by default the one that you logged in with.
@@ -80,6 +80,7 @@ def publish_space(
     refuses and `ConnectionError` if it can't be reached.
     """
     check_repo_id(repo_id)
+    check_private(private)
     title = repo_id.rpartition("/")[2] if title is None else title
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "space" if folder is None else Path(folder)
@@ -108,7 +109,7 @@ def write_space(
     onnxruntime_web: str | Path = f"node_modules/{PACKAGE}",
     title: str = "RepVGG in few bits",
     measured: dict[str, str] | None = None,
-    license: str = "apache-2.0",
+    license: str,
 ) -> dict:
     """Write the page of a family of models into a new folder, for any web server; returns what `space.json` holds.
 
@@ -128,7 +129,7 @@ def write_space(
         title (`str`, *optional*): the page's heading.
         measured (`dict[str, str]`, *optional*): name in `results.models`, by name of the model, where name, method and
             bits don't tell.
-        license (`str`, defaults to `"apache-2.0"`): license of the models, as the Hub spells it.
+        license (`str`): license of the models, as the Hub spells it.
 
     Raises `ValueError` naming the argument for bad input, `ImportError` if a model has to be exported and
     `pip install 'repvgg-hf[onnx]'` is missing.
@@ -137,7 +138,7 @@ def write_space(
     ```python
     >>> from repvgg_hf.hub import write_space
 
-    >>> write_space("page", {"w8": "my-model-w8", "w4": "my-model-w4"}, images={"A cat": "cat.jpg"})
+    >>> write_space("page", {"w8": "my-model-w8", "w4": "my-model-w4"}, images={"A cat": "cat.jpg"}, license="mit")
     ```"""
     check_license(license)
     check_title(title)

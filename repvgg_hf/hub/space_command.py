@@ -2,9 +2,10 @@
 
 npm install onnxruntime-web
 python -m repvgg_hf.hub space --output_dir page --models w8=outputs/w8 w4=outputs/w4 w2=outputs/w2 \\
-    --images "A cat=cat.jpg" --results_json model_cards/repvgg-cifar10-w4.json
+    --images "A cat=cat.jpg" --results_json model_cards/repvgg-cifar10-w4.json --license apache-2.0
 python -m http.server --directory page
-python -m repvgg_hf.hub space --repo_id me/repvgg-in-few-bits --models ...     # log in first with `hf auth login`
+python -m repvgg_hf.hub space --repo_id me/repvgg-in-few-bits --models ... \\
+    --license apache-2.0 --visibility public     # log in first with `hf auth login`
 """
 
 import argparse
@@ -32,8 +33,10 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"folder of the npm package, by default %(default)s, where `npm install {PACKAGE}` puts it",
     )
     parser.add_argument("--title", help="the page's heading")
-    parser.add_argument("--license", default="apache-2.0", help="license of the models, by default %(default)s")
-    parser.add_argument("--private", action="store_true", help="make a new Space private")
+    parser.add_argument("--license", required=True, help="license of the models, as the Hub spells it")
+    parser.add_argument(
+        "--visibility", choices=("public", "private"), help="who sees the Space; asked for by --repo_id"
+    )
     parser.add_argument("--overwrite", action="store_true", help="publish into a Space with other content")
     parser.add_argument("--commit_message", help="message of the commit on the Hub")
     return parser
@@ -61,6 +64,8 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.repo_id is None and args.output_dir is None:
         parser.error("give --repo_id to publish the page, or --output_dir to write it into a folder")
+    if args.repo_id is not None and args.visibility is None:
+        parser.error("--visibility is not given: say public or private")
     options = {
         "models": pairs(parser, args.models, "models"),
         "results": read_results(args.results_json),
@@ -75,6 +80,7 @@ def main(arguments: list[str]) -> None:
         write_space(args.output_dir, **options)
         print(f"Written to {args.output_dir}: `python -m http.server --directory {args.output_dir}` shows it.")
         return
-    upload_options = {"private": args.private or None, "overwrite": args.overwrite, "folder": args.output_dir}
+    private = args.visibility == "private"
+    upload_options = {"private": private, "overwrite": args.overwrite, "folder": args.output_dir}
     place = publish_space(args.repo_id, commit_message=args.commit_message, **upload_options, **options)
     print(f"{place.repo_id} at {place.commit}, {'new' if place.changed else 'no change'}")

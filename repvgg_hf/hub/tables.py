@@ -22,6 +22,11 @@ def code_block(code: str, language: str) -> str:
     return f"{fence}{language}\n{code}\n{fence}"
 
 
+def details(title: str, content: str) -> str:
+    """Return Markdown that a click on its title shows."""
+    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
+
+
 def folded(command: str, width: int = 80) -> str:
     """Break a command into lines of about `width`, before options. One with quotes stays: a break may change it."""
     if "'" in command or '"' in command:
@@ -96,7 +101,7 @@ def granularity_in_words(granularity: str | None, channel_scale: bool) -> str:
     return GRANULARITIES[granularity] + (" with channel scale" if channel_scale else "")
 
 
-def loss_against_float(rows: list[ModelResult], floats: dict[int, float]) -> list[float | None]:
+def drop_against_float(rows: list[ModelResult], floats: dict[int, float]) -> list[float | None]:
     """Subtract each top-1 from the one of the float model with the same seed; `None` where there is none."""
     return [floats[row.seed] - row.top1 if row.seed in floats else None for row in rows]
 
@@ -104,7 +109,7 @@ def loss_against_float(rows: list[ModelResult], floats: dict[int, float]) -> lis
 def models_table(models: list[ModelResult], published: str) -> str:
     """Return the table of bits, accuracy and size, with all seeds of a model in one line."""
     floats = {row.seed: row.top1 for row in models if not row.quantized}
-    headings = ["weights", "codebooks", "found by", "bits", "activation bits", "top-1", "loss against float", "top-5"]
+    headings = ["weights", "codebooks", "found by", "bits", "activation bits", "top-1", "accuracy drop", "top-5"]
     headings += ["cross-entropy", "bytes on disk", "bits per weight", "seeds"]
     lines, bold = [], None
     for name, rows in by_model(models).items():
@@ -118,7 +123,7 @@ def models_table(models: list[ModelResult], published: str) -> str:
                 str(first.bits),
                 str(first.activation_bits or ""),
                 spread([row.top1 for row in rows]),
-                spread(loss_against_float(rows, floats)) if first.quantized else "",
+                spread(drop_against_float(rows, floats)) if first.quantized else "",
                 spread([row.top5 for row in rows]),
                 spread([row.loss for row in rows], 4),
                 f"{statistics.fmean(row.bytes for row in rows):,.0f}",
@@ -150,7 +155,7 @@ def methods_table(models: list[ModelResult]) -> str:
         for place, methods in compared.items()
     ]
     headings = ["codebooks", "found by", "bits", "activation bits", *METHODS]
-    return f"### Methods side by side, top-1\n\n{table(headings, lines)}"
+    return table(headings, lines)
 
 
 def kernels_table(before: list[KernelResult], after: list[KernelResult]) -> str:
@@ -168,7 +173,7 @@ def kernels_table(before: list[KernelResult], after: list[KernelResult]) -> str:
         return ""
     headings = ["kernels", "kurtosis, median", "kurtosis, largest", "max / std, median", "max / std, largest"]
     note = "Kurtosis is 3 for a normal distribution; outliers raise it, and they stretch the range of few bits."
-    return f"### Outliers in the kernels\n\n{table(headings, parts)}\n\n{note}"
+    return f"### Outliers in the kernels\n\n{details('Kurtosis and range', table(headings, parts))}\n\n{note}"
 
 
 def latency_table(latency: list[LatencyResult]) -> str:

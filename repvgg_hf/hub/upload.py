@@ -218,12 +218,15 @@ def repeat(function):
 
 
 def check_visibility(api: HfApi, repo_id: str, private: bool | None, repo_type: str) -> None:
-    """Raise `ValueError` if an existing repository is public and should be private."""
-    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+    """Raise `ValueError` if an existing repository is public and should be private, or the other way round."""
+    if private is None:
+        return
+    found = bool(api.repo_info(repo_id, repo_type=repo_type).private)
+    if found != private:
         of_type = "" if repo_type == "model" else f", repo_type={repo_type!r}"
         raise ValueError(
-            f"{repo_id} is public and private=True was asked for: make it private first, with "
-            f"HfApi().update_repo_settings({repo_id!r}, private=True{of_type})."
+            f"{repo_id} is {'private' if found else 'public'} and private={private} was asked for: change that first, "
+            f"with HfApi().update_repo_settings({repo_id!r}, private={private}{of_type}), or say private={found}."
         )
 
 

@@ -4,9 +4,9 @@ In numpy and not from the `evaluate` library: that one only passes predictions t
 metrics, and cannot be imported in a process that runs `recipes/evaluate.py`, whose folder comes first on Python's path.
 """
 
-import math
-
 import numpy as np
+
+from repvgg_hf.analysis.uncertainty import wilson_interval as wilson_interval
 
 
 def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -26,14 +26,3 @@ def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def trainer_accuracies(predictions) -> dict[str, float]:
     """[`accuracies`] in the form of `Trainer`'s `compute_metrics`."""
     return accuracies(predictions.predictions, predictions.label_ids)
-
-
-def wilson_interval(right: float, images: int) -> tuple[float, float]:
-    """The 95 % interval, in percent, of the accuracy that a model has of which `right` of `images` are right.
-
-    Wilson's score interval, which is sensible for few images and near 0 and 100 percent, too.
-    """
-    share, z = right / images, 1.959964
-    center = (share + z**2 / (2 * images)) / (1 + z**2 / images)
-    half = z / (1 + z**2 / images) * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
-    return 100 * max(center - half, 0.0), 100 * min(center + half, 1.0)

@@ -78,5 +78,5 @@ def closing_sentence(top1: float, images: int, folder: str, chosen_of: int = 0) 
 
 def next_command(folder: str, data: list[str]) -> str:
     """Return the command that quantizes the model in `folder`, on the images that the options `data` name."""
-    options = ["--model_name_or_path", folder, *data, "--bits", "8", "4", "3", "2", "--calibration_images", "512"]
+    options = ["--model_name_or_path", folder, *data]
     return f"Next: repvgg-hf quantize {shlex.join(options)}"

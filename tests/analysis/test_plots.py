@@ -112,6 +112,32 @@ def test_styles_tell_lines_apart(tmp_path):
     assert len(styles) == 14
 
 
+def luminance(color: str) -> float:
+    """Relative luminance of `#rrggbb`, as WCAG defines it."""
+    shares = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colors_follow_the_dark_mode_of_the_system(tmp_path):
+    """Every color of the figure that is not readable on a dark background has another one there."""
+    rows = [row | {"label": f"method {index}"} for index in range(7) for row in ROWS[3:]]
+    plot_accuracy([ROWS[0], *rows, ROWS[1] | {"mark": "published"}], tmp_path / "figure", x="bytes")
+    text = (tmp_path / "figure.svg").read_text()
+    rules = text.split("prefers-color-scheme: dark")[1].split("</style>")[0]
+    dark = dict(re.findall(r'"stroke: (#\w+)"\]\s*{ stroke: (#\w+) !important', rules))
+    background = re.search(r'"fill: #ffffff"\] { fill: (#\w+)', rules)[1]
+    strokes = set(re.findall(r'style="[^"]*stroke: (#\w+)', text)) - {"#dddddd"}  # the grid, which stays faint
+    assert len(strokes) >= 8 and "#000000" in strokes
+    for stroke in strokes:
+        contrast = (luminance(dark.get(stroke, stroke)) + 0.05) / (luminance(background) + 0.05)
+        assert contrast > 4, stroke
+    assert re.search(r"text { fill: #e6edf3 }", rules)
+    root = read(tmp_path / "figure.svg")
+    assert len(list(element(root, "mark-published").iter(f"{SVG}use"))) == 1
+    assert len(list(element(root, "float-point").iter(f"{SVG}use"))) == 1
+
+
 def test_same_bytes_each_time_whatever_the_users_style(tmp_path):
     def draw(name: str) -> list[bytes]:
         for x in ("bits", "bytes"):

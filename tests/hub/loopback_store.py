@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 WRITE_TOKEN, READ_TOKEN = "hf_" + "w" * 34, "hf_" + "r" * 34
+PUBLIC = {"token": WRITE_TOKEN, "license": "mit", "private": False}  # what publishing asks for
 
 
 @dataclass

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from repvgg_hf import ClusterConfig, RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.analysis import kernel_report
-from repvgg_hf.hub import KernelResult, LatencyResult, ModelCard
+from repvgg_hf.hub import About, EngineResult, Example, KernelResult, LatencyResult, ModelCard
 from repvgg_hf.hub.branch_kernels import dense_branch_report
 from repvgg_hf.hub.results import build
 
@@ -25,7 +25,7 @@ def make_card(tiny_config, results):
         config = tiny_config(deploy=True).to_dict()
         if bits is not None:
             config["quantization_config"] = ClusterConfig(bits=bits).to_dict()
-        defaults = {"repo_id": "org/tiny-w4", "config": config, "image_size": 8}
+        defaults = {"repo_id": "org/tiny-w4", "config": config, "image_size": 8, "license": "mit"}
         return ModelCard(**(defaults | {"results": results, "published": "cluster-w4"} | fields))
 
     return make
@@ -38,20 +38,69 @@ def tables(text: str) -> list[list[list[str]]]:
     return [[re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in part] for part in rows]
 
 
+def table_with(text: str, *headings: str) -> list[list[str]]:
+    """The first table that has these headings."""
+    return next(found for found in tables(text) if set(headings) <= set(found[0]))
+
+
 def html(text: str) -> str:
     """The card below its YAML block, rendered with raw HTML allowed, as an attacker would wish."""
     return MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1])
 
 
 def test_figures_are_those_of_the_results(make_card):
-    headings, *rows = tables(str(make_card()))[1]
-    assert headings[:5] == ["weights", "codebooks", "bits", "top-1", "loss against float"]
+    headings, *rows = table_with(str(make_card()), "weights")
+    assert headings[:5] == ["weights", "codebooks", "bits", "top-1", "accuracy drop"]
     assert rows[2] == [
         f"<strong>{entry}</strong>" for entry in
         ("cluster", "per tensor with channel scale", "4", "95.00", "1.50", "99.50", "0.2000", "3,108", "4.40", "1")
     ]  # fmt: skip
-    assert tables(str(make_card()))[2] == [["codebooks", "bits", "cluster", "uniform"],
-                                           ["per tensor", "4", "95.00", "80.25"]]  # fmt: skip
+    assert table_with(str(make_card()), "cluster") == [
+        ["codebooks", "bits", "cluster", "uniform"], ["per tensor", "4", "95.00", "80.25"]
+    ]  # fmt: skip
+
+
+def test_the_top_says_what_was_won_and_lost(make_card, results):
+    """Of 342 right of 360 images (95 %), Wilson's interval is 92.2 to 96.8 percent."""
+    more = [replace(results.models[2], model="w8", bits=8, top1=96.0, bytes=5000)]
+    engines = [
+        EngineResult(name, engine, 95.0, 99.0, 98.0, 360, milliseconds=time, device="a processor, 1 thread")
+        for name, engine, time in (
+            ("float", "ONNX Runtime", 8.4), ("cluster-w4", "ONNX Runtime", 2.0), ("cluster-w4", "OpenVINO", 0.5),
+            ("uniform-w4", "ONNX Runtime", 0.1),
+        )
+    ]  # fmt: skip
+    full = replace(results, models=results.models + more, engines=engines)
+    text = str(make_card(results=full, links={"w8": "https://hub/w8", "cluster-w4": "https://hub/w4"}))
+    line = "**96.5 → 95.0 % top-1, 3.1 x smaller (3.11 kB), 4.2 x faster on ONNX Runtime (a processor, 1 thread)**"
+    assert text.split("\n# tiny-w4\n\n")[1].startswith(line)
+    rows = table_with(text.replace("\N{NO-BREAK SPACE}", " "), "size")
+    assert [row[0] for row in rows] == ["bits", "float", '<a href="https://hub/w8">8</a>', "<strong>4 (this)</strong>"]
+    assert rows[3][1:] == [f"<strong>{entry}</strong>" for entry in ("3.11 kB", "95.0 ± 2.3", "1.5")]
+    alone = str(make_card(results=replace(results, models=results.models[2:])))
+    assert "**95.0 % top-1, 3.11 kB**" in alone and not [found for found in tables(alone) if "size" in found[0]]
+
+
+def test_what_the_author_tells(make_card, results):
+    about = About("Sorting <b>bottles</b>.", "my photographs", "CC0", "org/base")
+    example = Example("plots/tiny-example.png", ["7", "1"], [0.9876, 0.01])
+    text = str(make_card(about=about, example=example))
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "org/base" and "<b>" not in html(text)
+    for said in ("## Intended use", "Training data: my photographs", "License of the training data: CC0"):
+        assert said in text
+    assert "![7](plots/tiny-example.png)" in text and "*The model says: 7 98.8 %, 1 1.0 %*" in text
+    silent = str(make_card())
+    assert not [word for word in ("Intended use", "Training data", "The model says", "base_model") if word in silent]
+
+
+@pytest.mark.parametrize(("count", "folded"), [(10, False), (13, True)])
+def test_names_of_classes(make_card, tiny_config, count, folded):
+    names = [f"class_{index} <i>" for index in range(count)]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    config = tiny_config(num_labels=count, **labels).to_dict()
+    text = str(make_card(bits=None, config=config, results=None, published=None))
+    assert (f"<summary>The {count} classes</summary>" in text) == folded and "class\\_9 \\<i\\>" in text
+    assert "Classes:" not in str(make_card())  # LABEL_0 is no name
 
 
 def test_methods_side_by_side(make_card, results):
@@ -65,7 +114,7 @@ def test_methods_side_by_side(make_card, results):
         replace(uniform, model="8 bits", bits=8, top1=96.0),
         replace(uniform, model="QAT", training="QAT", top1=94.0),
     ]
-    (_, *rows) = tables(str(make_card(results=replace(results, models=results.models + more))))[2]
+    (_, *rows) = table_with(str(make_card(results=replace(results, models=results.models + more))), "cluster")
     assert rows == [["per tensor", "4", "95.00", "80.25"], ["per channel", "4", "71.00", "69.00"]]
 
 
@@ -73,8 +122,8 @@ def test_nothing_without_a_measurement(make_card, results):
     text = str(make_card(results=None, published=None))
     assert "## Results" not in text and "model-index" not in text and "No accuracy was measured" in text
     sparse = replace(results, models=[replace(results.models[2], top5=None, loss=None)])
-    headings = tables(str(make_card(results=sparse)))[1][0]
-    assert not {"top-5", "cross-entropy", "loss against float", "found by"} & set(headings)
+    headings = table_with(str(make_card(results=sparse)), "weights")[0]
+    assert not {"top-5", "cross-entropy", "accuracy drop", "found by"} & set(headings)
     for title in ("Latency", "Outliers", "side by side", "How it was made"):
         assert title not in str(make_card(results=sparse))
 
@@ -91,7 +140,7 @@ def test_seeds_are_averaged(make_card, results):
     """95 and 94 with seed 0 and 2: mean 94.5, standard deviation sqrt(0.5)."""
     more = [replace(results.models[0], seed=2, top1=95.5), replace(results.models[2], seed=2, top1=94.0)]
     card = make_card(results=replace(results, models=results.models + more))
-    row = [re.sub("<.*?>", "", entry) for entry in tables(str(card))[1][3]]
+    row = [re.sub("<.*?>", "", entry) for entry in table_with(str(card), "weights")[3]]
     assert row[3] == "94.50 ± 0.71" and row[4] == "1.50 ± 0.00" and row[-1] == "2"
     assert "spread between seeds is not known" in str(make_card()) and "spread between" not in str(card)
 
@@ -116,7 +165,7 @@ def test_kernels_before_and_after_fusing(make_card, results, tiny_config):
     assert [entry["name"] for entry in before] == [entry["name"] for entry in after]
     kernels = {"kernels_before": before, "kernels_after": after}
     kernels = {name: [KernelResult(**entry) for entry in entries] for name, entries in kernels.items()}
-    table = tables(str(make_card(results=replace(results, **kernels))))[3]
+    table = table_with(str(make_card(results=replace(results, **kernels))), "kernels")
     largest = [float(row[2]) for row in table[1:]]
     assert largest[0] < 10 < 20 < largest[1]
     with pytest.raises(ValueError, match="has no branches: give the checkpoint that was trained"):
@@ -131,7 +180,7 @@ def test_model_index_has_a_line_for_each_bit_width(make_card, results):
     assert len(entries) == 4 and len({entry.metric_name for entry in entries}) == 4
     assert {entry.metric_args["bits"] for entry in entries} == {4, 32}  # uniform is another way, on the card alone
     assert entries[0].metric_config == "cluster-w4" and entries[0].metric_value == 95.0
-    assert data.license == "apache-2.0" and data.datasets == ["org/digits"] and "4-bit" in data.tags
+    assert data.license == "mit" and data.datasets == ["org/digits"] and "4-bit" in data.tags
     (entry,) = parse_eval_result_entries(yaml.safe_load(card.eval_results_yaml()))
     assert (entry.dataset_id, entry.value, entry.dataset_revision) == ("org/digits", 95.0, "1" * 40)
     assert make_card().eval_results_yaml() is None  # the dataset is not on the Hub
@@ -153,7 +202,7 @@ def test_text_that_breaks_yaml_or_markdown(make_card, results, text):
     index = yaml.safe_load(front)["model-index"][0]["results"][0]
     assert index["dataset"]["name"] == text
     assert ModelCardData(**yaml.safe_load(front)).eval_results[0].metric_value == 95.0
-    assert [len(row) for row in tables(written)[1]] == [11] * 4
+    assert [len(row) for row in table_with(written, "weights")] == [11] * 4
     assert "<script>" not in html(written) and "<a " not in html(written)
     assert html(written).count("<h2>") == 6 and body.count("\n## ") == 6
     assert parse_eval_result_entries(yaml.safe_load(card.eval_results_yaml()))[0].dataset_id == "org/digits"

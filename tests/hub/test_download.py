@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from repvgg_hf import ClusterConfig, RepVGGBackbone, RepVGGForImageClassification, RepVGGModel
@@ -22,7 +22,7 @@ REPO, WEIGHTS = "org/tiny", "/resolve/.*model.safetensors"
 def load(hub, tiny_model, processor, monkeypatch, tmp_path):
     """`load()` downloads the published 4 bit model into a new cache."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    publish(tiny_model(4), REPO, processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(4), REPO, processor=processor, **PUBLIC)
     return partial(AutoModelForImageClassification.from_pretrained, REPO, cache_dir=tmp_path)
 
 
@@ -56,7 +56,7 @@ def cached_weights(folder) -> str:
 @pytest.mark.parametrize("bits", [None, 4], ids=["float", "w4"])
 def test_tampered_download_is_refused(hub, load, tiny_model, processor, tmp_path, bits):
     """The message names the file; downloading again helps."""
-    publish(tiny_model(bits), REPO, processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(bits), REPO, processor=processor, **PUBLIC)
     hub.fail("GET", WEIGHTS, "tamper")
     with pytest.raises(ValueError, match=r"don't fit (the|weights_)\s?checksum in config.json.*Download") as caught:
         load()
@@ -69,7 +69,7 @@ def test_tampered_download_is_refused(hub, load, tiny_model, processor, tmp_path
 @pytest.mark.parametrize("bits", [None, 4], ids=["float", "w4"])
 @pytest.mark.parametrize("keep", [0, 100, -1000, -1], ids=lambda keep: f"keep {keep}")
 def test_truncated_file_in_the_cache_is_refused(load, tiny_model, processor, tmp_path, keep, bits):
-    publish(tiny_model(bits), REPO, processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(bits), REPO, processor=processor, **PUBLIC)
     load()
     path = cached_weights(tmp_path)
     whole = Path(path).read_bytes()
@@ -85,7 +85,7 @@ def test_a_damaged_shard_of_float_weights_is_named(tiny_model, processor, tmp_pa
     """Weights in several files have one checksum."""
     model, save = tiny_model(), RepVGGForImageClassification.save_pretrained
     monkeypatch.setattr(RepVGGForImageClassification, "save_pretrained", partialmethod(save, max_shard_size="8KB"))
-    write_folder(model, tmp_path / "repo", REPO, processor=processor)
+    write_folder(model, tmp_path / "repo", REPO, processor=processor, license="mit")
     files = sorted((tmp_path / "repo").glob("model-*.safetensors"))
     assert len(files) > 1
     load = partial(AutoModelForImageClassification.from_pretrained, tmp_path / "repo")
@@ -101,7 +101,7 @@ def test_a_damaged_shard_of_float_weights_is_named(tiny_model, processor, tmp_pa
 
 def test_float_checksum_in_all_ways_to_load(load, hub, tiny_model, processor, tmp_path):
     """Headless, in half precision, as a backbone, and while quantizing: it is that of the files, not of the model."""
-    publish(tiny_model(), REPO, processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(), REPO, processor=processor, **PUBLIC)
     options = {"cache_dir": tmp_path}
     assert AutoModel.from_pretrained(REPO, dtype=torch.float16, **options).dtype == torch.float16
     RepVGGBackbone.from_pretrained(REPO, out_features=["stage1"], **options)
@@ -118,7 +118,7 @@ def test_float_checksum_in_all_ways_to_load(load, hub, tiny_model, processor, tm
 
 def test_what_is_trained_further_has_no_checksum(load, tiny_model, processor, tmp_path):
     """Saving a model that was loaded, or one made from its configuration, drops that of the published weights."""
-    publish(tiny_model(), REPO, processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(), REPO, processor=processor, **PUBLIC)
     model = load()
     assert model.config.weights_checksum.startswith("crc32:")
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_what_is_trained_further_has_no_checksum(load, tiny_model, processor, tm
 
 def test_error_in_a_tampered_copy_without_the_package(hub, tiny_model, processor, fresh_process, python_without_package,
                                                       tmp_path):  # fmt: skip
-    publish(tiny_model(), REPO, processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(), REPO, processor=processor, **PUBLIC)
     hub.fail("GET", WEIGHTS, "tamper")
     code = f"""
 from transformers import AutoModelForImageClassification

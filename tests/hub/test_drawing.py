@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC
+from PIL import Image
 
 from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.analysis import kernel_histogram
@@ -47,7 +48,7 @@ def write(tiny_model, processor, tmp_path):
     """`write(results, ...)`: the folder of a 4 bit model."""
 
     def run(results: Results, **options) -> Path:
-        options = {"processor": processor, "published": "cluster-w4"} | options
+        options = {"processor": processor, "license": "mit", "published": "cluster-w4"} | options
         write_folder(tiny_model(4), tmp_path / "repo", "org/tiny", results, **options)
         return tmp_path / "repo"
 
@@ -58,9 +59,8 @@ def test_card_shows_both_figures(write, full_results):
     folder = write(full_results)
     card = (folder / "README.md").read_text()
     assert re.findall(r"!\[[^]]+\]\((.+?)\)", card) == [f"plots/tiny-{kind}.svg" for kind in KINDS]
-    assert {"float", "uniform, per tensor", "cluster, per tensor with channel scale", "top-1 (%)"} <= texts(
-        folder / "plots/tiny-accuracy.svg"
-    )
+    labels = {"float", "uniform, per tensor", "cluster, per tensor with channel scale", "top-1 (%)", "published"}
+    assert labels <= texts(folder / "plots/tiny-accuracy.svg")
     shown = texts(folder / "plots/tiny-kernels.svg")
     for name in ("OABN, before fusing (3x3 branch)", "OABN, fused"):
         assert any(text.startswith(name) for text in shown)
@@ -87,7 +87,7 @@ def test_another_process_draws_the_same_bytes(write, full_results, monkeypatch):
 
 def test_publishing_again_uploads_no_figure(hub, tiny_model, processor, full_results):
     def push(**options):
-        options |= {"processor": processor, "published": "cluster-w4", "token": WRITE_TOKEN}
+        options |= {"processor": processor, "published": "cluster-w4", **PUBLIC}
         return publish(tiny_model(4), "org/tiny", full_results, **options)
 
     assert push().changed and "plots/tiny-kernels.svg" in hub.files("org/tiny")
@@ -104,6 +104,19 @@ def test_without_matplotlib_the_choice_is_the_users(write, full_results, monkeyp
         write(full_results)
     folder = write(full_results, draw_plots=False)
     assert "![" not in (folder / "README.md").read_text() and not (folder / "plots").exists()
+
+
+def test_an_example_is_shown_with_what_the_model_says(write, results, tiny_model, processor, picture):
+    folder = write(results, example=picture, draw_plots=False)
+    with torch.no_grad():
+        logits = tiny_model(4)(**processor(Image.open(picture), return_tensors="pt")).logits[0]
+    example = json.loads((folder / "card.json").read_text())["example"]
+    assert example["labels"][0] == f"LABEL_{logits.argmax()}" and len(example["labels"]) == 3
+    assert example["probabilities"][0] == pytest.approx(logits.softmax(0).max().item(), abs=1e-4)
+    assert "![LABEL" in (folder / "README.md").read_text() and Image.open(folder / example["path"]).size == (40, 30)
+    with pytest.raises(ValueError, match="The example .*README.md is no picture that PIL reads"):
+        write_folder(tiny_model(4), folder.with_name("new"), "org/tiny", processor=processor, license="mit",
+                     example=folder / "README.md")  # fmt: skip
 
 
 def test_own_images_beside_them(write, results, tmp_path):
@@ -123,7 +136,7 @@ def test_own_images_beside_them(write, results, tmp_path):
 def test_committed_figures_are_drawn_from_the_committed_json(path, tmp_path):
     """To a few pixels: versions of matplotlib measure text differently."""
     card = ModelCard.from_json(path)
-    drawn = draw_figures(card.results, card.repo_id, tmp_path)
+    drawn = draw_figures(card.results, card.repo_id, tmp_path, published=card.published)
     assert drawn == card.plots, "the card does not show all that its JSON has the figures for"
     for name in drawn:
         committed, new = path.parent / name, tmp_path / name

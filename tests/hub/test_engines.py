@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC
+from PIL import Image
 from test_card import html, tables
 
 from repvgg_hf import load_engine
@@ -39,7 +40,7 @@ def measured(results):
 
 
 def test_files_are_published_and_go_again(hub, integers, processor):
-    options = {"processor": processor, "token": WRITE_TOKEN}
+    options = {"processor": processor, **PUBLIC}
     publish(integers, REPO, formats=("onnx",), **options)
     files = hub.files(REPO)
     assert FILE in files and json.loads(files["card.json"])["files"] == {FILE: len(files[FILE])}
@@ -52,7 +53,7 @@ def test_files_are_published_and_go_again(hub, integers, processor):
 
 def test_openvino_is_published_with_its_weights(hub, integers, processor):
     pytest.importorskip("openvino")
-    options = {"processor": processor, "token": WRITE_TOKEN}
+    options = {"processor": processor, **PUBLIC}
     publish(integers, REPO, formats=["openvino"], **options)
     files, path = hub.files(REPO), "openvino/openvino_model"
     assert json.loads(files["card.json"])["files"] == {f"{path}.xml": len(files[f"{path}.xml"] + files[f"{path}.bin"])}
@@ -62,7 +63,7 @@ def test_openvino_is_published_with_its_weights(hub, integers, processor):
 
 
 def test_the_folder_runs(integers, processor, tmp_path):
-    write_folder(integers, tmp_path / "repo", REPO, processor=processor, formats=("onnx",))
+    write_folder(integers, tmp_path / "repo", REPO, processor=processor, license="mit", formats=("onnx",))
     images = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         expected = integers(images).logits
@@ -70,9 +71,22 @@ def test_the_folder_runs(integers, processor, tmp_path):
     assert (engine(images).argmax(1) == expected.argmax(1).numpy()).all() and engine.processor() is not None
 
 
+def test_the_cards_lines_run_the_file(integers, processor, tmp_path, picture, monkeypatch, capsys):
+    folder = tmp_path / "repo"
+    write_folder(integers, folder, REPO, processor=processor, license="mit", formats=("onnx",))
+    blocks = (folder / "README.md").read_text().split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if "onnxruntime" in block]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: f"{name}/{file}")
+    code = code.replace(REPO, str(folder)).replace("image.png", str(picture))
+    exec(code, {})
+    with torch.no_grad():
+        logits = integers(**processor(Image.open(picture), return_tensors="pt")).logits[0]
+    assert int(capsys.readouterr().out) == logits.argmax()
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_models_without_integers_compute_in_float(bits, tiny_model, processor, tmp_path):
-    write_folder(tiny_model(bits), tmp_path / "repo", REPO, processor=processor, formats=("onnx",))
+    write_folder(tiny_model(bits), tmp_path / "repo", REPO, processor=processor, license="mit", formats=("onnx",))
     images = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         expected = tiny_model(bits)(images).logits.numpy()
@@ -83,7 +97,7 @@ def test_models_without_integers_compute_in_float(bits, tiny_model, processor, t
 def test_the_card_shows_what_was_measured_and_no_more(integers, processor, measured, tmp_path):
     card = write_folder(
         integers, tmp_path / "repo", REPO, measured, processor=processor, published=PUBLISHED, draw_plots=False,
-        formats=("onnx",),
+        formats=("onnx",), license="mit",
     )  # fmt: skip
     text = str(card)
     size = f"{(tmp_path / 'repo' / FILE).stat().st_size:,}"
@@ -94,15 +108,21 @@ def test_the_card_shows_what_was_measured_and_no_more(integers, processor, measu
         ["PyTorch, inductor", "", "", "", "", "94.50", "99.80", "97.50"],
     ]
     assert 'AutoModel.from_pretrained(name, { dtype: "q4" })' in text and "<script" not in html(text)
-    alone = write_folder(integers, tmp_path / "alone", REPO, processor=processor, formats=("onnx",))
+    alone = write_folder(integers, tmp_path / "alone", REPO, processor=processor, license="mit", formats=("onnx",))
     assert ["ONNX Runtime", f"<code>{FILE}</code>", size] in tables(str(alone))[-1]
     assert tables(str(alone))[-1][0] == ["engine", "file", "bytes"]
-    assert "## Engines" not in str(write_folder(integers, tmp_path / "none", REPO, processor=processor))
+    assert "## Engines" not in str(write_folder(integers, tmp_path / "none", REPO, processor=processor, license="mit"))
 
 
 def test_another_files_measurement_is_refused(integers, processor, measured, tmp_path):
     measured.engines[0].bytes = 123
-    options = {"processor": processor, "published": PUBLISHED, "formats": ("onnx",), "draw_plots": False}
+    options = {
+        "processor": processor,
+        "published": PUBLISHED,
+        "formats": ("onnx",),
+        "draw_plots": False,
+        "license": "mit",
+    }
     with pytest.raises(ValueError, match=rf"measured {FILE} of 123 bytes for 'cluster-w4'.* export and evaluate"):
         write_folder(integers, tmp_path / "repo", REPO, measured, **options)
     assert list(tmp_path.iterdir()) == []
@@ -110,11 +130,11 @@ def test_another_files_measurement_is_refused(integers, processor, measured, tmp
 
 def test_bad_formats_are_refused_before_any_work(hub, integers, tiny_model, processor):
     with pytest.raises(ValueError, match="formats must be a list of some of onnx, .*, got 'tensorrt'"):
-        publish(integers, REPO, processor=processor, formats=["tensorrt"], token=WRITE_TOKEN)
+        publish(integers, REPO, processor=processor, formats=["tensorrt"], **PUBLIC)
     with pytest.raises(ValueError, match="formats must be a list of some of onnx, .*, got 'onnx'"):
-        publish_family({"w4": integers}, REPO, processor=processor, formats="onnx", token=WRITE_TOKEN)
+        publish_family({"w4": integers}, REPO, processor=processor, formats="onnx", **PUBLIC)
     with pytest.raises(ValueError, match="is not quantized: call quantize"):
-        publish(tiny_model(), REPO, processor=processor, formats=["openvino"], token=WRITE_TOKEN)
+        publish(tiny_model(), REPO, processor=processor, formats=["openvino"], **PUBLIC)
     assert hub.requests == []
 
 

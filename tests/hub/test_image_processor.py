@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC, WRITE_TOKEN
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from repvgg_hf.hub import publish
@@ -14,7 +14,7 @@ from repvgg_hf.runtime.image_processor_file import PROCESSOR_FILE
 @pytest.fixture
 def repository(hub, tiny_model, processor):
     """A repository on the Hub, with an image processor."""
-    publish(tiny_model(4), "org/digits-w4", processor=processor, token=WRITE_TOKEN)
+    publish(tiny_model(4), "org/digits-w4", processor=processor, **PUBLIC)
     return hub
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loopback_hub import LoopbackHub
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -80,7 +80,7 @@ def story(tmp_path_factory, processor):
     with pytest.MonkeyPatch.context() as patch, LoopbackHub() as hub:
         for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True), ("ENDPOINT", hub.url)):
             patch.setattr(f"huggingface_hub.constants.{name}", value)
-        options = {"processor": processor, "token": WRITE_TOKEN}
+        options = {"processor": processor, **PUBLIC}
         publish_family(models, "org/digits", results, as_revisions=True, collection="Digits", **options)
         publish_family({"w4": models["w4"]}, "org/digits", results, collection="Digits", **options)
         yield hub, folder, results

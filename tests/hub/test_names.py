@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC, WRITE_TOKEN
 
 from repvgg_hf.hub import ModelCard, Results, publish, publish_family
 from repvgg_hf.hub.names import LICENSES, check_license, check_ref
@@ -30,7 +30,7 @@ def test_the_same_names_as_git(name):
 def test_a_family_stays_in_its_folder(hub, tiny_model, processor, tmp_path, name):
     models = {"float": tiny_model(), name: tiny_model(4)}
     root = tmp_path / "a" / "b" / "family"
-    options = {"processor": processor, "token": WRITE_TOKEN, "folder": root}
+    options = {"processor": processor, **PUBLIC, "folder": root}
     with pytest.raises(ValueError, match="the branch of the model .* can't be a branch or tag"):
         publish_family(models, "org/tiny", as_revisions=True, **options)
     if name != "x.lock":  # which may be the end of a repository's name
@@ -42,13 +42,14 @@ def test_a_family_stays_in_its_folder(hub, tiny_model, processor, tmp_path, name
 @pytest.mark.parametrize("argument", ["revision", "tag"])
 def test_branch_and_tag_are_checked_before_anything_is_sent(hub, tiny_model, processor, argument):
     with pytest.raises(ValueError, match=rf"{argument} '../x' can't be a branch or tag with '\.\.' at 0"):
-        publish(tiny_model(4), "org/tiny", processor=processor, token=WRITE_TOKEN, **{argument: "../x"})
+        publish(tiny_model(4), "org/tiny", processor=processor, **PUBLIC, **{argument: "../x"})
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("revision", ['quote"d', "it's", 'a"); print("b'.replace(" ", ""), "ünïcode", "#{x}"])
 def test_the_cards_code_is_python_for_any_revision(tiny_config, revision):
-    card = ModelCard("org/tiny", tiny_config().to_dict(), 8, revision=revision)
+    fields = {"repo_id": "org/tiny", "config": tiny_config().to_dict(), "image_size": 8, "license": "mit"}
+    card = ModelCard(**fields, revision=revision)
     code = str(card).split("```python\n")[1].split("```")[0]
     seen = []
     lines = [line for line in code.splitlines() if not line.startswith(("from ", "print"))]
@@ -67,7 +68,7 @@ def test_known_licenses(license):
      ("mine, all mine", "such as apache-2.0"), ("", "such as apache-2.0")],
 )  # fmt: skip
 def test_unknown_licenses_are_refused_before_anything_is_sent(hub, tiny_model, processor, license, hint, tmp_path):
-    options = {"processor": processor, "token": WRITE_TOKEN, "license": license, "folder": tmp_path / "new"}
+    options = {"processor": processor, **PUBLIC, "license": license, "folder": tmp_path / "new"}
     for send in (
         lambda: publish(tiny_model(4), "org/tiny", **options),
         lambda: publish_family({"w4": tiny_model(4)}, "org/tiny", **options),
@@ -93,8 +94,9 @@ def test_images_of_any_name_are_shown(tiny_model, processor, results, tmp_path, 
     from repvgg_hf.hub import write_folder
 
     (tmp_path / name).write_bytes(b"\x89PNG")
-    write_folder(tiny_model(4), tmp_path / "repo", "org/tiny", results, processor=processor, draw_plots=False,
-                 plots={"A [plot] (of mine)": tmp_path / name}, published="cluster-w4")  # fmt: skip
+    options = {"processor": processor, "license": "mit", "draw_plots": False, "published": "cluster-w4"}
+    options["plots"] = {"A [plot] (of mine)": tmp_path / name}
+    write_folder(tiny_model(4), tmp_path / "repo", "org/tiny", results, **options)
     tokens = MarkdownIt("commonmark").parse((tmp_path / "repo" / "README.md").read_text(encoding="utf-8"))
     images = [child for token in tokens for child in token.children or [] if child.type == "image"]
     (path,) = [unquote(image.attrs["src"]) for image in images]
@@ -142,7 +144,7 @@ def test_interrupted_saves_are_not_uploaded(hub, tiny_model, processor, monkeypa
     from repvgg_hf.hub import write_folder
     from repvgg_hf.hub.upload import upload
 
-    write_folder(tiny_model(4), tmp_path / "repo", "org/tiny", processor=processor)
+    write_folder(tiny_model(4), tmp_path / "repo", "org/tiny", processor=processor, license="mit")
     stale = tmp_path / "repo" / ".saving-host-1-abc"
     stale.mkdir()
     (stale / "model.safetensors").write_bytes(b"half")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC
 from torch import nn
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -27,7 +27,7 @@ def push():
     processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
     def run(model, **options):
-        return publish(model, REPO, **({"processor": processor, "token": WRITE_TOKEN} | options))
+        return publish(model, REPO, **({"processor": processor, **PUBLIC} | options))
 
     return run
 
@@ -74,7 +74,7 @@ def test_again_and_over_another_model(hub, push, resnet, tiny_model, processor):
     push(repvgg_hf.quantize(resnet, bits=4))
     assert not push(resnet).changed
     with pytest.raises(ValueError, match="something else than a RepVGG model"):
-        publish(tiny_model(4), REPO, processor=processor, token=WRITE_TOKEN)
+        publish(tiny_model(4), REPO, processor=processor, **PUBLIC)
 
 
 @pytest.mark.parametrize("problem", ["float", "plain"])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from loopback_store import READ_TOKEN, WRITE_TOKEN
+from loopback_store import PUBLIC, READ_TOKEN, WRITE_TOKEN
 
 from repvgg_hf.hub import publish, publish_family
 from repvgg_hf.hub.upload import _STALE
@@ -28,7 +28,7 @@ def push(tiny_model, processor):
     """`push(...)` publishes a new 4 bit model as org/tiny."""
 
     def run(bits=4, repo_id=REPO, **options):
-        return publish(tiny_model(bits), repo_id, **({"processor": processor, "token": WRITE_TOKEN} | options))
+        return publish(tiny_model(bits), repo_id, **({"processor": processor, **PUBLIC} | options))
 
     return run
 
@@ -86,8 +86,8 @@ def test_private_revision_tag_and_pull_request(hub, push):
     assert is_untouched(hub)
     push(private=True, revision="w4", tag="v1")  # nothing new: the tag stays
     with pytest.raises(ValueError, match="has a tag 'v1' on other files.*delete_tag"):
-        push(bits=8, revision="w4", tag="v1")
-    proposed = push(create_pr=True)
+        push(bits=8, private=True, revision="w4", tag="v1")
+    proposed = push(private=True, create_pr=True)
     assert proposed.pull_request.endswith("/discussions/1") and is_untouched(hub)
     assert is_whole(hub.files(REPO, "refs/pr/1"))
     assert json.loads(hub.files(REPO, "w4")["config.json"])["quantization_config"]["bits"] == 4
@@ -106,7 +106,7 @@ def push_family(tiny_model, processor):
 
     def run(**options):
         models = {"float": tiny_model(), "w4": tiny_model(4)}
-        return publish_family(models, REPO, **({"processor": processor, "token": WRITE_TOKEN} | options))
+        return publish_family(models, REPO, **({"processor": processor, **PUBLIC} | options))
 
     return run
 
@@ -129,6 +129,17 @@ def test_dry_run_of_a_family_writes_what_would_be_uploaded(hub, push_family, tmp
         push_family(dry_run=True)
 
 
+@pytest.mark.parametrize("as_revisions", [False, True])
+def test_cards_of_a_family_link_to_each_other(push_family, results, tmp_path, as_revisions):
+    root, names = tmp_path / "family", {"float": "float", "w4": "cluster-w4"}
+    push_family(folder=root, dry_run=True, as_revisions=as_revisions, results=results, published=names)
+    addresses = {name: f"{REPO}/tree/{name}" if as_revisions else f"{REPO}-{name}" for name in names}
+    assert f"| [float](https://huggingface.co/{addresses['float']}) |" in (root / "w4" / "README.md").read_text()
+    card = (root / "float" / "README.md").read_text()
+    assert "| **float\N{NO-BREAK SPACE}(this)** |" in card
+    assert f"| [4](https://huggingface.co/{addresses['w4']}) |" in card
+
+
 def test_nothing_is_sent_before_all_of_a_family_is_written(hub, push_family, results, tmp_path):
     """The second model has no measurement."""
     results.models = results.models[:1]
@@ -136,7 +147,7 @@ def test_nothing_is_sent_before_all_of_a_family_is_written(hub, push_family, res
         push_family(results=results, published={"float": "float"}, folder=tmp_path / "family")
     assert hub.requests == [] and list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="call the model 'main' something else"):
-        publish_family({"main": None}, REPO, processor=None, as_revisions=True)
+        publish_family({"main": None}, REPO, processor=None, as_revisions=True, **PUBLIC)
 
 
 def test_a_fault_in_the_middle_of_a_family_leaves_main_as_it_was(hub, push_family):
@@ -260,6 +271,12 @@ def test_other_content_is_refused(hub, push, files):
     assert is_whole(hub.files(REPO)) and files.keys() <= hub.files(REPO).keys()
 
 
+def test_private_repo_is_not_filled_as_public(hub, push):
+    push(private=True)
+    with pytest.raises(ValueError, match="is private and private=False was asked for.*or say private=True"):
+        push(private=False)
+
+
 def test_public_repo_is_not_filled_as_private(hub, push):
     hub.create(REPO)
     with pytest.raises(ValueError, match="is public and private=True was asked for.*update_repo_settings"):
@@ -286,7 +303,7 @@ def test_two_publishers_in_two_threads(hub, tiny_model, processor):
     def push(bits):
         barrier.wait()
         try:
-            return publish(tiny_model(bits), REPO, processor=processor, token=WRITE_TOKEN)
+            return publish(tiny_model(bits), REPO, processor=processor, **PUBLIC)
         except HfHubHTTPError as error:
             assert "Someone else changed main in the meantime" in str(error)
 
@@ -299,7 +316,7 @@ def test_two_publishers_in_two_threads(hub, tiny_model, processor):
     for commit in list(repo.commits.values())[1:]:
         config = json.loads(commit.files["config.json"].content)
         bits = config["quantization_config"]["bits"]
-        expected = publish(tiny_model(bits), f"{REPO}-{bits}", processor=processor, token=WRITE_TOKEN).repo_id
+        expected = publish(tiny_model(bits), f"{REPO}-{bits}", processor=processor, **PUBLIC).repo_id
         assert commit.files["model.safetensors"].content == hub.files(expected)["model.safetensors"]
     barrier = threading.Barrier(1)
     assert push(8) and json.loads(hub.files(REPO)["config.json"])["quantization_config"]["bits"] == 8
@@ -317,6 +334,8 @@ def test_bad_repo_id(hub, push, repo_id):
 def test_bad_arguments_before_anything_is_sent(hub, push, tiny_model, processor, results):
     with pytest.raises(ValueError, match="dry_run writes the files and stops: say where"):
         push(dry_run=True)
+    with pytest.raises(ValueError, match="private is not given: say private=False for a repository that everybody"):
+        push(private=None)
     with pytest.raises(ValueError, match="leave out revision and tag"):
         push(create_pr=True, tag="v1")
     with pytest.raises(ValueError, match="processor must make square images"):
@@ -325,9 +344,9 @@ def test_bad_arguments_before_anything_is_sent(hub, push, tiny_model, processor,
         push(bits=8, results=results)
     model = tiny_model()
     with pytest.raises(ValueError, match="takes a RepVGGForImageClassification, got RepVGGModel"):
-        publish(model.repvgg, REPO, processor=processor)
+        publish(model.repvgg, REPO, processor=processor, **PUBLIC)
     with pytest.raises(ValueError, match=r"call quantize\(\) before publishing"):
-        publish(copy.deepcopy(model).prepare_qat(bits=4), REPO, processor=processor)
+        publish(copy.deepcopy(model).prepare_qat(bits=4), REPO, processor=processor, **PUBLIC)
     assert hub.requests == []
 
 

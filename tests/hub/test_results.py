@@ -40,7 +40,7 @@ def changed(values: dict, path: str, value) -> dict:
     "path, value, message",
     [
         ("models.1.top1", KeyError, r"results.models\[1\] lacks 'top1'"),
-        ("models.1.top_1", 80.0, r"results.models\[1\] has an unknown field 'top_1': ModelResult has model,.*top1"),
+        ("models.1.top_1", 80.0, r"results.models\[1\] has an unknown field 'top_1': did you mean 'top1'"),
         ("speed", 3, "results has an unknown field 'speed'"),
         ("dataset", KeyError, "results lacks 'dataset'"),
         ("dataset", "digits", "results.dataset must be an object with the fields of DatasetInfo"),

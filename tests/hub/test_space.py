@@ -30,7 +30,7 @@ def write(tmp_path, family, package):
     """`write(...)` writes the page of the family into `tmp_path / "page"`."""
 
     def run(models=None, results=None, **options):
-        options = {"onnxruntime_web": package} | options
+        options = {"onnxruntime_web": package, "license": "mit"} | options
         return write_space(tmp_path / "page", family if models is None else models, results, **options)
 
     return run
@@ -256,6 +256,7 @@ def test_crop_share_of_convnext():
 def test_command_writes_a_folder(tmp_path, family, package, picture, results, capsys):
     results.to_json(tmp_path / "results.json")
     arguments = ["--output_dir", str(tmp_path / "page"), "--onnxruntime_web", str(package), "--title", "Mine"]
+    arguments += ["--license", "mit"]
     arguments += ["--models", *[f"{name}={folder}" for name, folder in family.items()], "--images", f"A cat={picture}"]
     main([*arguments, "--results_json", str(tmp_path / "results.json"), "--measured", "w4=uniform-w4"])
     assert "python -m http.server" in capsys.readouterr().out
@@ -267,7 +268,15 @@ def test_command_reads_the_results_of_a_card(tmp_path, family, package, results)
     results.to_json(tmp_path / "results.json")
     card = {"repo_id": "org/x", "results": json.loads((tmp_path / "results.json").read_text())}
     (tmp_path / "card.json").write_text(json.dumps(card))
-    arguments = ["--output_dir", str(tmp_path / "page"), "--onnxruntime_web", str(package), "--models"]
+    arguments = [
+        "--output_dir",
+        str(tmp_path / "page"),
+        "--onnxruntime_web",
+        str(package),
+        "--license",
+        "mit",
+        "--models",
+    ]
     main([*arguments, f"w4={family['w4']}", "--results_json", str(tmp_path / "card.json")])
     values = json.loads((tmp_path / "page" / "space.json").read_text("utf-8"))
     assert values["accuracy"]["dataset"] == "digits, held out"
@@ -275,15 +284,18 @@ def test_command_reads_the_results_of_a_card(tmp_path, family, package, results)
 
 def test_command_publishes(hub, family, package, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    main(["--repo_id", REPO, "--models", f"w4={family['w4']}", "--onnxruntime_web", str(package)])
+    options = ["--license", "mit", "--visibility", "public", "--onnxruntime_web", str(package)]
+    main(["--repo_id", REPO, "--models", f"w4={family['w4']}", *options])
     assert "org/page at " in capsys.readouterr().out and "models/w4.onnx" in hub.files(KEPT)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--models", "w4=x"], "give --repo_id to publish the page, or --output_dir"),
-        (["--output_dir", "page", "--models", "folder"], "--models takes <name>=<value>"),
+        (["--output_dir", "page", "--models", "w4=x"], "the following arguments are required: --license"),
+        (["--license", "mit", "--repo_id", "org/page", "--models", "w4=x"], "--visibility is not given"),
+        (["--license", "mit", "--models", "w4=x"], "give --repo_id to publish the page, or --output_dir"),
+        (["--license", "mit", "--output_dir", "page", "--models", "folder"], "--models takes <name>=<value>"),
         (["--output_dir", "page"], "--models"),
     ],
 )

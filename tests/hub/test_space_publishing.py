@@ -4,7 +4,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
-from loopback_store import READ_TOKEN, WRITE_TOKEN
+from loopback_store import PUBLIC, READ_TOKEN
 
 from repvgg_hf.hub import publish_space
 
@@ -20,7 +20,7 @@ def no_waiting(monkeypatch):
 @pytest.fixture
 def push(family, package):
     def run(models=None, **options):
-        options = {"onnxruntime_web": package, "token": WRITE_TOKEN} | options
+        options = {"onnxruntime_web": package, **PUBLIC} | options
         return publish_space(REPO, family if models is None else models, **options)
 
     return run
@@ -76,6 +76,8 @@ def test_a_public_space_is_not_taken_for_a_private_one(hub, push):
     push()
     with pytest.raises(ValueError, match=r"private=True, repo_type='space'\)"):
         push(private=True)
+    with pytest.raises(ValueError, match="private is not given: say private=False"):
+        push(private=None)
 
 
 def test_after_a_fault_the_space_is_as_it_was(hub, push, family):

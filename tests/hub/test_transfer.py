@@ -4,7 +4,7 @@ import time
 
 import pytest
 from loopback_hub import LoopbackHub
-from loopback_store import WRITE_TOKEN
+from loopback_store import PUBLIC
 from transformers import BitImageProcessor
 
 from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
@@ -27,8 +27,8 @@ def test_cold_load_transfers_a_sixth(use_hub, fresh_process, tmp_path):
     model = RepVGGForImageClassification(config)
     with LoopbackHub() as hub:
         use_hub(hub)
-        publish(model, "org/float", processor=processor, token=WRITE_TOKEN)
-        publish(model.quantize(bits=4), "org/w4", processor=processor, token=WRITE_TOKEN)
+        publish(model, "org/float", processor=processor, **PUBLIC)
+        publish(model.quantize(bits=4), "org/w4", processor=processor, **PUBLIC)
         sent, seconds = {}, {}
         for name in ("float", "w4"):
             hub.requests.clear()

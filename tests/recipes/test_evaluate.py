@@ -13,7 +13,7 @@ def test_it_agrees_with_the_recipe_that_quantized(checkpoint, tmp_path, run):
     folder, figures = tmp_path / "quantize", tmp_path / "figures.json"
     run("quantize", "--model_name_or_path", checkpoint, "--output_dir", folder, "--plot", "False")
     results = json.loads((folder / "quantize_results.json").read_text())["results"]
-    name = "cluster-per_tensor+scale-w4"
+    name = "cluster-per_tensor-scale-w4-calibrated"
     row = next(row for row in results if row["model"] == name)
     run("evaluate", "--model_name_or_path", folder / name, "--output_json", figures)
     evaluated = json.loads(figures.read_text())

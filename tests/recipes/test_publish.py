@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory) -> Path:
     make_processor(8).save_pretrained(folder / "w4")
     row = {"top1": 95.0, "top5": 99.0, "loss": 0.2, "bits_per_weight": 4.4}
     row |= quantization_fields(model.config.quantization_config) | {"stage": "quantized"}
-    row |= {"model": "cluster-per_tensor+scale-w4", "bytes": (folder / "w4" / "model.safetensors").stat().st_size}
+    row |= {"model": "cluster-per_tensor-scale-w4", "bytes": (folder / "w4" / "model.safetensors").stat().st_size}
     float_row = row | quantization_fields(None) | {"model": "float", "stage": "float", "top1": 96.0, "bytes": 9000}
     rows = [float_row | {"bits_per_weight": 32.0}, row]
     command = ["recipes/quantize.py", "--model_name_or_path", str(folder / "train")]
@@ -40,6 +40,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def options(checkpoint: Path, *more) -> list[str]:
     return [
         "--repo_id", "org/tiny", "--models", str(checkpoint / "w4"), "--dataset_title", "digits",
+        "--license", "mit", "--visibility", "private",
         "--quantize_json", str(checkpoint / "quantize_results.json"), *map(str, more),
     ]  # fmt: skip
 
@@ -95,6 +96,9 @@ def test_dry_run_of_a_family(checkpoint, tmp_path):
         (["--models", "a={w4}", "b={w4}", "--tag", "v1"], "A family takes none of .*--tag"),
         (["--models", "a={w4}", "b={w4}", "--dry_run"], "say where with folder="),
         (["--plain_checkpoint", "{w4}/../train"], "--plain_checkpoint .*train has OABN: train one with --oabn False"),
+        (["--license", "MIT"], "license 'MIT' is none of the Hub's identifiers: did you mean mit"),
+        (["--visibility", "secret"], "--visibility is 'secret': say public"),
+        (["--dry_run", "--visibility", "secret"], "--visibility is 'secret': say public"),
         (["--plots", "no caption"], "--plots takes <name>=<value>"),
         (["--models", "a=b", "a=c"], "--models takes <name>=<value> with different names"),
         (["--dry_run", "--output_dir", "{new}", "--plots", "A plot=none.png"], "The plot 'A plot' must be a .png"),
@@ -108,6 +112,14 @@ def test_bad_options(checkpoint, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         recipe.main(options(checkpoint, *(part.format(new=tmp_path / "new", w4=checkpoint / "w4") for part in more)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_license_and_visibility_are_asked_for(checkpoint):
+    given = options(checkpoint)
+    place = given.index("--license")
+    for option, start in {"--license": place, "--visibility": place + 2}.items():
+        with pytest.raises(ValueError, match=f"{option} is not given: say "):
+            recipe.main([*given[:start], *given[start + 2 :]])
 
 
 @pytest.mark.parametrize("path", sorted(CARDS.glob("repvgg-*.json")), ids=lambda path: path.stem)

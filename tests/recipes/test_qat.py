@@ -30,6 +30,22 @@ def whole_story(tmp_path_factory, run):
     return folder
 
 
+def test_few_pictures_of_a_folder_are_trained_on_for_many_epochs(images_of_two_classes):
+    """180 pictures are 6 batches of 32: 400 steps are 67 epochs. What was given stays."""
+    from repvgg_hf.recipes import qat
+    from repvgg_hf.training.splits import DataArguments
+
+    data_args, args = DataArguments(dataset_name=str(images_of_two_classes)), qat.QATArguments()
+    qat.suit_pictures(data_args, args, 180, 1, {"folder", "dataset_name"})
+    assert (data_args.augmentation, args.per_device_train_batch_size) == ("photo", 32)
+    assert args.num_train_epochs * 6 >= 400 > (args.num_train_epochs - 1) * 6
+    args = qat.QATArguments(num_train_epochs=2, per_device_train_batch_size=8)
+    qat.suit_pictures(data_args, args, 180, 1, {"num_train_epochs", "per_device_train_batch_size"})
+    assert (args.num_train_epochs, args.per_device_train_batch_size) == (2, 8)
+    with pytest.raises(ValueError, match="There is no folder no/such: give a folder with one folder of pictures"):
+        qat.main(["no/such"])
+
+
 def test_it_packs_what_it_trained(whole_story):
     rows = rows_by_stage(whole_story)
     assert list(rows) == ["float", "fused", "trained", "packed", "reloaded"]

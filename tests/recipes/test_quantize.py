@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
-from repvgg_hf import RepVGGForImageClassification
+from repvgg_hf import RepVGGConfig, RepVGGForImageClassification
 from repvgg_hf.analysis import bits_per_weight
 from repvgg_hf.compression.ptq.config import CalibrationConfig
+from repvgg_hf.training.processors import make_processor
 
 CALIBRATED = "--calibration_images 48 --calibration_batch_size 16 --max_eval_samples 40".split()
 STEPS = ("sensitivity", "error_compensation", "bias_correction")
@@ -45,7 +47,7 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     mixed = rows["cluster-per_channel-w5.5-mixed"]
     assert mixed["bits"] == 5.5 and 3.5 < mixed["bits_per_weight"] <= 5.5
     for name, row in list(rows.items())[1:]:
-        assert name in output.replace("\n", "")
+        assert name in output
         assert row["bytes"] == (tmp_path / name / "model.safetensors").stat().st_size and row["seconds"] > 0
         reloaded = RepVGGForImageClassification.from_pretrained(tmp_path / name)
         assert bits_per_weight(reloaded) == row["bits_per_weight"]
@@ -53,7 +55,7 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     for x in ("bits", "bytes"):
         assert (tmp_path / f"accuracy_{x}.png").exists()
         drawn = (tmp_path / f"accuracy_{x}.svg").read_text()
-        assert all(f">{label}</text>" in drawn for label in labels)
+        assert all(f">{label}</text>" in drawn for label in [*labels, "recommended"])
 
 
 def test_without_ablation_calibration_is_one_step(checkpoint, tmp_path, run):
@@ -62,11 +64,35 @@ def test_without_ablation_calibration_is_one_step(checkpoint, tmp_path, run):
         "--method", "uniform", *CALIBRATED, "--activation_bits", 8, "--plot", "False",
     )  # fmt: skip
     rows = json.loads((tmp_path / "quantize_results.json").read_text())["results"]
-    names = [f"uniform-per_tensor+scale-w{bits}-a8-calibrated" for bits in (4, 3)]  # as integers need a scale
+    names = [f"uniform-per_tensor-scale-w{bits}-a8-calibrated" for bits in (4, 3)]  # as integers need a scale
     assert [row["model"] for row in rows[1:]] == names
     assert not list(tmp_path.glob("*.svg"))
     config = RepVGGForImageClassification.from_pretrained(tmp_path / rows[1]["model"]).config.quantization_config
     assert config.activation_bits == 8 and config.bits == 4
+
+
+def test_a_folder_of_pictures_and_nothing_else(tmp_path, images_of_two_classes, run):
+    """A family that is calibrated with all images there are, one recommended, a next command that runs, plain modes."""
+    names = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    config = RepVGGConfig(stem_hidden_size=8, hidden_sizes=[8], depths=[1], stem_stride=1, strides=[1], **names)
+    RepVGGForImageClassification(config).save_pretrained(tmp_path / "model")
+    make_processor(8).save_pretrained(tmp_path / "model")
+    output = run(
+        "quantize", images_of_two_classes, "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "out"
+    )  # fmt: skip
+    record = json.loads((tmp_path / "out" / "quantize_results.json").read_text())
+    rows = {row["model"]: row for row in record["results"]}
+    assert list(rows)[1:] == [f"cluster-per_tensor-scale-w{bits}-calibrated" for bits in (8, 4, 3, 2)]
+    assert record["calibration_images"] == 6 and record["images"] == 2
+    chosen = tmp_path / "out" / record["recommended"]
+    assert f"Recommended: {record['recommended']} (" in output and "Fusing" not in output
+    last = shlex.split(next(line for line in output.splitlines() if line.startswith("Next:")))
+    assert last == ["Next:", "repvgg-hf", "predict", str(images_of_two_classes), "--model", str(chosen)]
+    assert "class" in run("predict", *last[3:])
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    new = tmp_path / "new"
+    new.touch()
+    assert set(modes.values()) == {new.stat().st_mode & 0o777} and not any("+" in path.name for path in modes)
 
 
 def test_combinations_take_only_the_options_that_they_have():
@@ -87,11 +113,13 @@ def test_combinations_take_only_the_options_that_they_have():
 BAD = {
     "--bits 9": "bits must be an integer from 1 to 8, got 9",
     "--method kmeans": "method must be one of cluster, uniform, got 'kmeans'",
-    "--ablation True": "--ablation needs images to calibrate on: add --calibration_images",
-    "--activation_bits 8": "--activation_bits needs images to calibrate on",
-    "--target_bits_per_weight 3.2": "--target_bits_per_weight needs images to calibrate on",
+    "--calibration_images 0 --ablation True": "--ablation needs images to calibrate on: add --calibration_images",
+    "--calibration_images 0 --activation_bits 8": "--activation_bits needs images to calibrate on",
+    "--calibration_images 0 --target_bits_per_weight 3.2": "--target_bits_per_weight needs images to calibrate on",
     "--calibration_images 8 --target_bits_per_weight 9": "target_bits_per_weight must be from 1 to 8, got 9.0",
     "--calibration_images 8 --sensitivity hessian": "sensitivity must be one of none, fisher, got 'hessian'",
+    "--tolerance -1": "--tolerance must be from 0 to 100 percentage points, got -1.0",
+    "no/such/photos": "There is no folder no/such/photos: give a folder with one folder of pictures per class",
     "--peers tensorrt": "--peers must be of coremltools, nncf, got 'tensorrt'",
     "--peers coremltools": "Comparing with coremltools needs it: `pip install coremltools`",
     "--peers nncf": "Comparing with nncf needs it: `pip install nncf openvino`",

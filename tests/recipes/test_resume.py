@@ -240,7 +240,7 @@ def test_training_on_from_a_published_quantized_checkpoint(finished, two_classes
     published, folder = tmp_path / "published", tmp_path / "run"
     packed = AutoModelForImageClassification.from_pretrained(finished[0] / "quantized")
     processor = AutoImageProcessor.from_pretrained(finished[0] / "quantized")
-    write_folder(packed, published, "org/insects", processor=processor)
+    write_folder(packed, published, "org/insects", processor=processor, license="mit")
     options = [*on(two_classes), "--model_name_or_path", str(published), "--dequantize", "True", "--bits", "3"]
     rows = {row["stage"]: row for row in qat.main([*options, "--output_dir", str(folder)])["results"]}
     assert rows["float"]["model"] == "float, as it began" and rows["float"]["largest_logit_difference"] is None

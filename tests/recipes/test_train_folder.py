@@ -67,7 +67,7 @@ def test_it_says_what_it_found_did_and_what_is_next(photos, trained):
         f"{low:.1f} to {high:.1f} %)."
     )
     assert lines[4] == f"Report: {folder}/report.html and report.png."
-    assert lines[5].startswith(f"Next: repvgg-hf quantize --model_name_or_path {folder} --dataset_name {photos} --bits")
+    assert lines[5] == f"Next: repvgg-hf quantize --model_name_or_path {folder} --dataset_name {photos}"
     assert len(lines) == 6  # no bars, no warnings of libraries
 
 

@@ -82,8 +82,9 @@ def page(program, package, tmp_path_factory, models, pictures):
         )
     results, folder = Results(DatasetInfo("fruit", "test"), rows), tmp_path_factory.mktemp("space") / "page"
     write_space(
-        folder, models, results, images=pictures, processor=PROCESSOR, onnxruntime_web=package, title="Fruit in bits"
-    )
+        folder, models, results, images=pictures, processor=PROCESSOR, onnxruntime_web=package, title="Fruit in bits",
+        license="mit",
+    )  # fmt: skip
     return folder
 
 

@@ -69,4 +69,4 @@ def test_committed_tables_are_made_from_the_committed_json(recipes):
         table = qat.markdown(json.loads(figures.read_text()))
         assert table == figures.with_suffix(".md").read_text()
         if figures.stem == "qat":
-            assert f"<!-- qat -->\n{table}<!-- /qat -->" in (recipes.parent / "README.md").read_text()
+            assert f"<!-- qat -->\n{table}<!-- /qat -->" in (figures.parent / "README.md").read_text()
