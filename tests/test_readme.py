@@ -1,8 +1,5 @@
 """README's story on one's own photographs, and its Python, run in its order as it stands, on small drawn pictures."""
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-README = Path(__file__).parents[1] / "README.md"
-STORY, PYTHON = "From your photographs to a small classifier", "In Python"
+sys.path.insert(0, str(Path(__file__).parent))
+from journey import PYTHON, STORY, blocks, prepare, tell  # noqa: E402
+
+pytest.importorskip("onnxscript", reason="the story writes an ONNX file")
 
 # what the Python section takes from the reader: some images with labels, and Trainer's arguments
 READER = """
@@ -25,12 +24,6 @@ args = TrainingArguments("outputs/trainer", num_train_epochs=2, report_to="none"
 """
 # the Hub is not there: what would be uploaded is written instead
 UPLOAD, INSTEAD = "private=False)", 'dry_run=True, folder="outputs/published")'
-
-
-def blocks(heading: str) -> list[tuple[str, str]]:
-    """Return (language, text) of each block of code in a section."""
-    section = re.search(rf"^## {heading}\n(.*?)^## ", README.read_text(), re.M | re.S)[1]
-    return re.findall(r"^```(\w+)\n(.*?)^```", section, re.M | re.S)
 
 
 def draw(folder: Path, count: int, seed: int) -> None:
@@ -49,27 +42,17 @@ def draw(folder: Path, count: int, seed: int) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with photos/ and photo.jpg, in which the whole story was told."""
-    place = tmp_path_factory.mktemp("reader")
-    draw(place / "photos" / "train", 20, seed=0)
-    draw(place / "photos" / "val", 10, seed=1)
-    Image.open(place / "photos" / "val" / "along" / "00.png").save(place / "photo.jpg")
+    root = tmp_path_factory.mktemp("reader")
+    draw(root / "drawn" / "train", 4, seed=0)  # the steps of the training are as many for few pictures, and quicker
+    draw(root / "drawn" / "val", 10, seed=1)
+    prepare(root / "drawn", root / "place")
     for language, text in blocks(STORY):
-        tell(place, [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text])
-    return place
-
-
-def tell(place: Path, command: list[str]) -> str:
-    """Run a command in the reader's folder, with the commands of this environment; returns what it printed."""
-    folder = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+        tell(root / "place", language, text, OMP_NUM_THREADS="1")
+    return root / "place"
 
 
 @pytest.mark.slow
 def test_the_story_leaves_what_it_says(place):
-    pytest.importorskip("onnxscript")
     assert "<html" in (place / "outputs/photos/report.html").read_text()
     card = (place / "outputs/card/README.md").read_text()
     assert "me/photos-w2" in card and "license: apache-2.0" in card
@@ -81,5 +64,5 @@ def test_the_story_leaves_what_it_says(place):
 def test_the_python_of_the_readme(place):
     text = "\n".join(text for language, text in blocks(PYTHON) if language == "python")
     assert text.count(UPLOAD) == 1
-    tell(place, [sys.executable, "-c", READER + text.replace(UPLOAD, INSTEAD)])
+    tell(place, "python", READER + text.replace(UPLOAD, INSTEAD), OMP_NUM_THREADS="1")
     assert (place / "outputs/w2/model.safetensors").is_file() and (place / "outputs/published/README.md").is_file()

@@ -200,8 +200,8 @@ def check_finite(model: nn.Module) -> None:
     """Raise `RuntimeError` that names them if parameters or buffers are NaN or infinite: the training diverged."""
     names = [
         name
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
+        for name, tensor in model.state_dict().items()  # which other libraries' modules add lists to
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.isfinite().all()
     ]
     if names:
         raise RuntimeError(
