@@ -63,7 +63,7 @@ class QuantizeArguments:
         default=1.0,
         metadata={
             "help": "Recommend the smallest model whose top-1 drops by at most so many percentage points against "
-            "float, or by no more than chance explains: McNemar's test at 0.05 on the same images."
+            "float, or by no more than chance explains: McNemar's test at 0.05 on the same images, up to 3 points."
         },
     )
     ablation: bool = field(
@@ -187,6 +187,9 @@ def plan(args: QuantizeArguments, sweep: SweepOptions, calibration: SweepCalibra
         for target in calibration.target_bits_per_weight:
             settings = calibration.config(target_bits_per_weight=target)
             trials.append(make_trial(target, "mixed", sweep.config(method, granularity, sweep.bits[0]), settings))
+    names = [trial.name for trial in trials]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]} would be made twice: give each value of --bits, --method and the like once.")
     return trials
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST = 3.0  # percentage points: a larger drop is never put down to chance, however few the images are
 Z = 1.959964  # standard deviations on both sides of the mean of a normal distribution that hold 95 % of it
 
 
@@ -48,12 +49,16 @@ class PairedDrop:
 
     @property
     def chance(self) -> float:
-        """The largest drop in percentage points that chance explains, by McNemar's test at 5 %."""
-        return 100 * Z * math.sqrt(self.lost + self.won) / self.images
+        """The largest drop in percentage points that chance explains, by McNemar's test at 5 %, approximated."""
+        changed = self.lost + self.won
+        return 100 * min(Z * math.sqrt(changed), changed) / self.images
 
     def is_small(self, tolerance: float) -> bool:
-        """Tell whether the drop is at most `tolerance` percentage points, or no more than chance explains."""
-        return self.points <= max(tolerance, self.chance)
+        """Tell whether the drop is at most `tolerance` percentage points, or no more than chance explains.
+
+        Chance excuses at most 3 points: of few images it would explain anything.
+        """
+        return self.points <= max(tolerance, min(self.chance, MOST))
 
 
 def recommend(drops: Sequence[PairedDrop], sizes: Sequence[int], tolerance: float) -> int | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageOps
 
 LONGEST_SIDE = 256  # pixels of the example on a card
@@ -25,6 +26,15 @@ class About:
     training_data: str = ""
     training_data_license: str = ""
     base_model: str | None = None
+
+    def __post_init__(self):
+        if self.base_model is not None:
+            try:
+                validate_repo_id(self.base_model)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"base_model {self.base_model!r} is no Hub id: {error} Give 'namespace/name', or leave it out."
+                ) from error
 
 
 @dataclass
@@ -56,7 +66,7 @@ def make_example(model, processor, picture: str | Path, target: Path, name: str)
     try:
         with Image.open(picture) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"The example {picture} is no picture that PIL reads ({error}): give another.") from error
     device = next(model.parameters()).device
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(device)

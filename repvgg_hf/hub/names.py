@@ -62,6 +62,8 @@ def check_private(private: bool | None) -> None:
 
 def check_license(license: str) -> None:
     """Raise `ValueError` unless `license` is an identifier that the Hub knows."""
+    if not isinstance(license, str):
+        raise ValueError(f"license must be one of the Hub's identifiers, such as apache-2.0 or mit, got {license!r}.")
     if license not in LICENSES:
         similar = difflib.get_close_matches(license.lower(), LICENSES, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(similar)}?" if similar else "such as apache-2.0 or mit."

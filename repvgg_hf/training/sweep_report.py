@@ -2,7 +2,7 @@
 
 import shlex
 
-from repvgg_hf.analysis.uncertainty import PairedDrop, recommend, wilson_interval
+from repvgg_hf.analysis.uncertainty import MOST, PairedDrop, recommend, wilson_interval
 
 WASTEFUL = 1.25  # stored bits per weight, as a multiple of the code's bits, from which codebooks weigh too much
 
@@ -74,10 +74,11 @@ def why(row: dict, small: bool, images: int, tolerance: float, float_row: dict) 
     """Return the sentence that recommends the model of a `row`."""
     drop, smaller = drop_of(row, images), float_row["bytes"] / row["bytes"]
     what = f"Recommended: {row['model']} ({row['bytes']:,} bytes, {smaller:.1f} times smaller than float)"
+    few = "; of more images one would know" if drop.chance > MOST else ""
     if not small:
         return (
             f"{what}, the most accurate one, but it drops {drop.points:.1f} points on {images:,} images, more than "
-            f"chance explains ({drop.chance:.1f}) and --tolerance allows ({tolerance:g})."
+            f"--tolerance allows ({tolerance:g}) and chance may excuse ({min(drop.chance, MOST):.1f}){few}."
         )
     if drop.points <= 0:
         return f"{what}, the smallest one that is not worse than float on {images:,} images."
@@ -104,9 +105,8 @@ def waste(row: dict) -> str | None:
             f"{what}, as each {which} has a codebook of its own: --granularity per_tensor stores {alternative:.1f} at "
             "the same bits, with a scale for each channel."
         )
-    return (
-        f"{what}, as its layers have few weights for a codebook of {2 ** round(row['bits'])} entries: take fewer bits."
-    )
+    entries, instead = 2 ** round(row["bits"]), ": take fewer bits" if row["bits"] > 1 else ""
+    return f"{what}, as its layers have few weights for a codebook of {entries} entries{instead}."
 
 
 def training_helps(rows: list[dict], chosen: dict, small: bool, images: int, command: list[str]) -> str | None:
@@ -114,6 +114,9 @@ def training_helps(rows: list[dict], chosen: dict, small: bool, images: int, com
 
     `command` are the options that name the float checkpoint and the images.
     """
+    rows = [row for row in rows if row["stage"] != "mixed"]  # training takes the same bits for all layers
+    if not rows:
+        return None
     fewest = min(rows, key=lambda row: (row["bits"], row["bytes"]))
     if small and chosen["bits"] <= fewest["bits"]:
         return None

@@ -14,13 +14,18 @@ def test_drop_is_counted_image_by_image():
         PairedDrop.of([True], [True, False])
 
 
-@pytest.mark.parametrize(("lost", "won"), [(3, 0), (4, 0), (20, 8), (20, 10), (0, 9)])
+@pytest.mark.parametrize(("lost", "won"), [(3, 0), (4, 0), (1, 0), (20, 8), (20, 10), (0, 9)])
 def test_chance_is_mcnemars(lost, won):
     """Its statistic (lost - won) / sqrt(lost + won) is standard normal if the models are equally good."""
-    drop = PairedDrop(300, lost, won)
+    drop = PairedDrop(1000, lost, won)
     significant = norm.sf((lost - won) / (lost + won) ** 0.5) < 0.025
     assert drop.is_small(0) == (not significant)
     assert drop.is_small(0) == (drop.points <= drop.chance)
+
+
+def test_few_images_excuse_no_large_drop():
+    drop = PairedDrop(10, 3, 0)
+    assert drop.points == 30 and drop.chance == 30 and not drop.is_small(1.0)
 
 
 def test_the_smallest_whose_drop_is_small():

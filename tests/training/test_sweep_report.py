@@ -32,7 +32,7 @@ def test_reasons_of_the_recommendation():
         "Recommended: w3 (750 bytes, 10.7 times smaller than float), the smallest one"
     )
     assert "within --tolerance: 1.5 of 2 points" in sentence(rows, 2.0)
-    assert "w3" in sentence(rows, 0.0) and "chance explains up to 1.7 points" in sentence(rows, 0.0)
+    assert "w3" in sentence(rows, 0.0) and "chance explains up to 1.5 points" in sentence(rows, 0.0)
     assert "not worse than float on 200 images" in sentence(rows[:1], 1.0)
     assert "w2" in sentence(rows[3:], 1.0) and "but it drops 20.0 points" in sentence(rows[3:], 1.0)
 
@@ -71,3 +71,9 @@ def test_table_fits_a_terminal():
     lines = sweep_table([FLOAT_ROW, entry], FLOAT_ROW, IMAGES, entry).splitlines()
     assert max(map(len, lines)) <= 125 and lines[2].split()[:4] == [entry["model"], "4", "4.10", "12,345,678"]
     assert "87.5" in lines[2] and "2.5 ± 2.2" in lines[2] and lines[1].split()[-1] != "recommended"
+
+
+def test_training_is_not_proposed_for_mixed_bits():
+    rows, command = [row("mixed", 2.5, 600, 30, stage="mixed"), row("w4", 4, 1000, 40)], ["--model_name_or_path", "run"]
+    assert training_helps(rows, *choose(rows, IMAGES, 1.0), IMAGES, command).endswith("--bits 4")
+    assert training_helps(rows[:1], *choose(rows[:1], IMAGES, 1.0), IMAGES, command) is None

@@ -34,6 +34,12 @@ def figure_of(kernel: torch.Tensor) -> float | None:
     return kernel.detach().double().square().sum().item()
 
 
+def _roundings(layer) -> float:
+    """Return by how much, relatively, the figure of a kernel may change if it is stored in another dtype."""
+    dtypes = [parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point()]
+    return max([1e-7, *(torch.finfo(dtype).eps for dtype in dtypes if dtype != torch.float32)])
+
+
 @torch.no_grad()
 def warn_of_unmoved_codebooks(model: nn.Module) -> None:
     """Log if a prepared `model` was trained without [`update_codebooks`], which its codebooks or blending rely on."""
@@ -42,7 +48,7 @@ def warn_of_unmoved_codebooks(model: nn.Module) -> None:
         return
     for name, layer in layers.items():
         before, now = layer.weight_fake_quant.first_kernel, figure_of(layer.kernel())
-        if before is not None and now is not None and not math.isclose(before, now, rel_tol=1e-7):
+        if before is not None and now is not None and not math.isclose(before, now, rel_tol=_roundings(layer)):
             logger.warning(
                 "The kernel of %r was trained and its codebook stayed as prepare_qat() made it, as in all %d layers: "
                 "call repvgg_hf.update_codebooks(model) after each optimizer step, or give Trainer a QATCallback().",
