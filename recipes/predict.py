@@ -126,20 +126,29 @@ def likeliest(engine: Engine, probabilities: np.ndarray, top: int) -> list[dict]
     ]
 
 
-def predict(engine: Engine, pictures: list[Path], args: PredictArguments) -> tuple[list[dict], dict]:
-    """The predictions for each picture, and the medians of the times of one in milliseconds."""
+def predict(engine: Engine, pictures: list[Path], args: PredictArguments) -> tuple[list[dict], dict, list[str]]:
+    """The predictions for each picture, the medians of the times of one in milliseconds, and why others can't be read.
+
+    Raises `ValueError` if none can be read.
+    """
     if engine.takes_pictures:  # of any size, so one at a time
         batch_size, processor = 1, None
     else:
         batch_size = args.batch_size
         processor = engine.processor() if args.processor is None else load_processor(args.processor)
-    rows, preparing, running = [], [], []
+    rows, preparing, running, unread = [], [], [], []
     for first in range(0, len(pictures), batch_size):
-        paths, start = pictures[first : first + batch_size], time.perf_counter()
-        parts = [np.asarray(read(path)) if processor is None else prepare(path, processor) for path in paths]
-        images = np.stack(parts)
+        start, parts = time.perf_counter(), {}
+        for path in pictures[first : first + batch_size]:
+            try:
+                parts[path] = np.asarray(read(path)) if processor is None else prepare(path, processor)
+            except ValueError as error:
+                unread.append(str(error))
+        if not parts:
+            continue
+        paths, images = list(parts), np.stack(list(parts.values()))
         prepared = time.perf_counter()
-        if first == 0:
+        if not rows:
             engine(images)  # lazy initialization is no time of a picture
         before = time.perf_counter()
         logits = engine(images)
@@ -147,9 +156,11 @@ def predict(engine: Engine, pictures: list[Path], args: PredictArguments) -> tup
         preparing += [(prepared - start) / len(paths)] * len(paths)
         for path, probabilities in zip(paths, softmax(logits)):
             rows.append({"image": str(path), "predictions": likeliest(engine, probabilities, args.top)})
+    if not rows:
+        raise ValueError("\n".join(unread))
     both = [sum(pair) for pair in zip(preparing, running)]
     times = {"prepared_and_run": both, "run": running}
-    return rows, {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+    return rows, {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}, unread
 
 
 def show(record: dict) -> None:
@@ -193,7 +204,7 @@ def main(arguments: list[str] | None = None) -> dict:
     args = PredictArguments(**{entry.name: getattr(found, entry.name) for entry in fields(PredictArguments)})
     pictures = list_pictures(found.images)
     engine = load_engine(args.model, args.engine, threads=args.threads)
-    rows, milliseconds = predict(engine, pictures, args)
+    rows, milliseconds, unread = predict(engine, pictures, args)
     record = {
         "command": ["recipes/predict.py", *masked(arguments)],
         "model": args.model,
@@ -202,6 +213,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "machine": platform.machine(),
         "milliseconds": milliseconds,
         "results": rows,
+        "unread": unread,
     }
     if args.csv is not None:
         write_csv(args.csv, rows)
@@ -211,6 +223,8 @@ def main(arguments: list[str] | None = None) -> dict:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
         show(record)
+    if unread:
+        raise ValueError("\n".join(unread))
     return record
 
 

@@ -354,7 +354,10 @@ def main(arguments: list[str] | None = None) -> dict:
         "float_kernels": kernels,
     }
     used = f"calibrated on {record['calibration_images']:,} training images" if batches else "without calibration"
-    print(f"{len(trials)} models, {used}, evaluated on {len(dataset):,} images:", flush=True)
+    print(
+        f"{len(trials)} {'models' if len(trials) > 1 else 'model'}, {used}, evaluated on {len(dataset):,} images:",
+        flush=True,
+    )
     for trial in trials:
         row = measure(trial, output_dir, processor, batches, against_float)
         print(f"  {trial.name}  top-1 {row['top1']:.1f} %, quantized in {row['seconds']:.1f} s", flush=True)

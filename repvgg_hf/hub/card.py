@@ -329,7 +329,7 @@ class ModelCard:
             rows = self.results.select(name)
             for key, title in (("top1", "Top-1"), ("top5", "Top-5")):
                 value = mean_of(rows, key)
-                if value is not None:
+                if value is not None and int(key[3:]) < self.model_config.num_labels:  # or it says nothing
                     entries.append(
                         EvalResult(
                             task_type="image-classification",

@@ -14,12 +14,12 @@ def describe_data(splits: dict[str, ImageSplit], image_size: tuple[int, int], st
     train, names = splits["train"], splits["train"].classes
     counts = np.bincount(train.labels, minlength=len(names))
     low, high = counts.argmin(), counts.argmax()
-    balance = f"{counts[low]} to {counts[high]} each ({names[low]} to {names[high]})"
-    balance = f"{counts[low]} each" if counts[low] == counts[high] else balance
+    balance = f"{counts[low]} to {counts[high]} of each ({names[low]} to {names[high]})"
+    balance = f"{counts[low]} of each" if counts[low] == counts[high] else balance
     listed = f" ({shown(names)})" if len(names) <= 5 else ""
     return (
         f"{len(train):,} training and {len(splits['validation']):,} validation images of {len(names)} classes{listed}, "
-        f"{balance}; {image_size[0]} x {image_size[1]} pixels; {steps:,} steps of {batch_size} images."
+        f"{balance} to train on; {image_size[0]} x {image_size[1]} pixels; {steps:,} steps of {batch_size} images."
     )
 
 

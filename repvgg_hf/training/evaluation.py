@@ -1,5 +1,6 @@
 """Predictions and figures of a model on a dataset."""
 
+import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +29,13 @@ def load_evaluation_split(data_args: DataArguments, processor, config, seed: int
 
 def evaluate_model(model, dataset, args: EvaluationArguments) -> tuple[dict[str, float], np.ndarray]:
     """Return ({"top1", "top5" in percent, "loss"}, logits `[images, classes]`)."""
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes one, into which an evaluation writes nothing
+        return _evaluate_model(model, dataset, args, folder)
+
+
+def _evaluate_model(model, dataset, args: EvaluationArguments, folder: str) -> tuple[dict[str, float], np.ndarray]:
     training_args = TrainingArguments(
-        output_dir="outputs/evaluate",  # nothing is written there
+        output_dir=folder,
         per_device_eval_batch_size=args.per_device_eval_batch_size,
         dataloader_num_workers=args.dataloader_num_workers,
         bf16_full_eval=args.bf16,

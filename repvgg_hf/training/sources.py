@@ -105,8 +105,8 @@ def _images_below(split: str, folder: Path) -> dict[str, list[str]]:
     empty = [name for name, paths in images.items() if not paths]
     if empty and (split == "train" or len(empty) == len(images)):
         raise ValueError(
-            f"{where} has no images in {', '.join(empty[:5])}: remove the folder, or store images with an ending that "
-            "PIL opens, such as .png or .jpg."
+            f"{where} has no images in {', '.join(map(repr, empty[:5]))}: remove the folder, or store images with an "
+            "ending that PIL opens, such as .png or .jpg."
         )
     if not images:
         loose = len(_files_below(folder, endings))

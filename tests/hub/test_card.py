@@ -172,9 +172,12 @@ def test_kernels_before_and_after_fusing(make_card, results, tiny_config):
         dense_branch_report(model.reparameterize())
 
 
-def test_model_index_has_a_line_for_each_bit_width(make_card, results):
+def test_model_index_has_a_line_for_each_bit_width(make_card, results, tiny_config):
     hub_results = replace(results, dataset=replace(results.dataset, hub_id="org/digits", revision="1" * 40))
-    card = make_card(results=hub_results)
+    of_five = HubCard(str(make_card(results=hub_results))).data
+    assert {entry.metric_args["top"] for entry in of_five.eval_results} == {1}  # the first five of five say nothing
+    ten = tiny_config(deploy=True, num_labels=10).to_dict() | {"quantization_config": ClusterConfig(bits=4).to_dict()}
+    card = make_card(results=hub_results, config=ten)
     data = HubCard(str(card)).data  # the Hub client's own reader
     entries = data.eval_results
     assert len(entries) == 4 and len({entry.metric_name for entry in entries}) == 4

@@ -71,6 +71,16 @@ def test_a_folder_as_csv(checkpoint, images_of_two_classes, tmp_path, capsys):
     assert float(rows[0]["probability"]) == pytest.approx(expected.logits.softmax(1).max().item(), rel=1e-5)
 
 
+def test_pictures_that_cannot_be_read_are_named_after_the_others(checkpoint, images_of_two_classes, tmp_path, capsys):
+    for name in ("broken.jpg", "also.png"):
+        (images_of_two_classes / name).write_bytes(b"no picture")
+    csv_file = tmp_path / "predictions.csv"
+    arguments = [str(images_of_two_classes), "--model", str(checkpoint), "--batch_size", "3", "--csv", str(csv_file)]
+    with pytest.raises(ValueError, match=r"(?s)also\.png.*broken\.jpg"):
+        recipe.main(arguments)
+    assert len({row["image"] for row in csv.DictReader(csv_file.open())}) == 8
+
+
 def test_many_pictures_are_a_line_each(checkpoint, images_of_two_classes, capsys, monkeypatch):
     monkeypatch.setattr(recipe, "SHOWN", 4)
     recipe.main([str(images_of_two_classes), "--model", str(checkpoint)])

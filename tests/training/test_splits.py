@@ -145,7 +145,7 @@ def test_folders_that_are_no_classes(image_folder, tmp_path):
     ):
         load_splits(DataArguments(train_dir=str(splits)))
     (one / "bee").mkdir()
-    with pytest.raises(ValueError, match="has no images in bee: remove the folder"):
+    with pytest.raises(ValueError, match="has no images in 'bee': remove the folder"):
         load_splits(DataArguments(train_dir=str(one)))
     assert len(load_splits(DataArguments(validation_dir=str(one)), train=False)["validation"]) == 5
 

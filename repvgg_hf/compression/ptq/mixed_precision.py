@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ...runtime.logs import quiet
 from ...runtime.packing import packed_size
 from ...runtime.quantization_cluster import CODEBOOK_DTYPES, ClusterConfig
 from ..layers import quantize_layer
@@ -123,7 +124,8 @@ def _costs_of(name: str, layer: nn.Module, config: ClusterConfig, cost: Callable
     weight, costs = layer.weight, {}
     try:
         for bits in CHOICES:
-            decoded = quantize_layer(name, layer, with_bits(config, bits)).decoded()
+            with quiet(quantize_layer.__module__):  # of bit-widths that are only tried
+                decoded = quantize_layer(name, layer, with_bits(config, bits)).decoded()
             # a new parameter: the old one may be that of another layer, too
             layer.weight = nn.Parameter(decoded, requires_grad=False)
             costs[bits] = cost().item()
