@@ -12,6 +12,7 @@ refuses to if data, model or options are not the same. The last model, its metri
 pictures are in `--output_dir`, which must not hold another run.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from repvgg_hf.training.batches import collate, evaluation_data, training_data
 from repvgg_hf.training.checkpoints import check_finite, resume_place
 from repvgg_hf.training.closing_bound import ClosingBound, closing_steps, find_clipping
 from repvgg_hf.training.data_defaults import (
+    epochs_between_evaluations,
     steps_per_epoch,
     suggest_image_size,
     suggest_plan,
@@ -122,9 +124,11 @@ def choose_for_images(model_args, data_args, train_args, split, given: set[str],
     train_args.per_device_train_batch_size, train_args.num_train_epochs = plan.batch_size, plan.epochs
     if "learning_rate" not in given:
         train_args.learning_rate = plan.learning_rate
-    if plan.evaluate_every > 1 and not given & {"eval_strategy", "save_strategy", "eval_steps", "save_steps"}:
+    of_epoch = steps_of_epoch(len(split), train_args)
+    epochs = epochs_between_evaluations(planned_steps(len(split), train_args), of_epoch)
+    if epochs > 1 and not given & {"eval_strategy", "save_strategy", "eval_steps", "save_steps"}:
         train_args.eval_strategy, train_args.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
-        train_args.eval_steps = train_args.save_steps = plan.evaluate_every * steps_of_epoch(len(split), train_args)
+        train_args.eval_steps = train_args.save_steps = epochs * of_epoch
 
 
 def steps_of_epoch(images: int, args: TrainingArguments) -> int:
@@ -158,7 +162,7 @@ def data_options(given: set[str], *options) -> list[str]:
 
 def planned_steps(images: int, args: TrainingArguments) -> int:
     """Return the optimizer steps of the whole training on so many images."""
-    return args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * steps_of_epoch(images, args))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_of_epoch(images, args))
 
 
 def announce(splits: dict[str, ImageSplit], size: tuple[int, int], args: TrainArguments) -> None:

@@ -26,13 +26,11 @@ class TrainingPlan:
         batch_size: images of a batch on each device.
         learning_rate: at its peak.
         epochs: passes over the pictures.
-        evaluate_every: epochs from one evaluation to the next.
     """
 
     batch_size: int
     learning_rate: float
     epochs: float
-    evaluate_every: int
 
 
 def suggest_image_size(split: ImageSplit) -> int:
@@ -89,7 +87,12 @@ def suggest_plan(
         wanted, least = (TUNED_STEPS, TUNED_EPOCHS) if from_checkpoint else (NEW_STEPS, NEW_EPOCHS)
         epochs = max(least, -(-wanted // steps))
     rate = (NEW_CLASSIFIER_RATE if new_classifier else TUNED_RATE) if from_checkpoint else NEW_RATE
-    return TrainingPlan(batch_size, rate * batch_size / 64, epochs, max(1, -(-int(epochs) // EVALUATIONS)))
+    return TrainingPlan(batch_size, rate * batch_size / 64, epochs)
+
+
+def epochs_between_evaluations(steps: int, steps_of_epoch: int) -> int:
+    """Return after how many epochs to evaluate, in a training of so many steps, to do so about 25 times at most."""
+    return max(1, -(-(steps // steps_of_epoch) // EVALUATIONS))
 
 
 def steps_per_epoch(images: int, batch_size: int, processes: int, accumulated: int) -> int:

@@ -19,6 +19,9 @@ class EarlyStopping(TrainerCallback):
             raise ValueError(f"--early_stopping_patience must be at least 1, got {patience}.")
         self.patience, self.first_step = patience, first_step
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_evaluate(args, state, control)  # of a training that goes on from the checkpoint at which it ended
+
     def on_evaluate(self, args, state, control, **kwargs):
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         lines = [line for line in state.log_history if name in line and line["step"] >= self.first_step]

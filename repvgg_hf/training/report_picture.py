@@ -1,5 +1,6 @@
 """A training's report as one image, for which it needs matplotlib."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ LONGEST = 18  # characters of a name
 def draw_report(report: RunReport, path: Path) -> None:
     """Draw curves, confusion matrix and the worst pictures as the PNG `path`; the same report gives the same bytes.
 
+    Characters that matplotlib's font lacks are boxes there.
+
     Raises `ImportError` without matplotlib.
     """
     matplotlib = import_matplotlib()
     rows = -(-len(report.worst) // COLUMNS)
     size = max(3.0, min(6.0, 1.2 + 0.42 * len(report.classes)))
-    with matplotlib.style.context(["default", STYLE]):
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = matplotlib.figure.Figure(figsize=(10, 2.6 + size + 1.9 * rows), layout="constrained")
         parts = figure.subfigures(2 + bool(rows), 1, height_ratios=[2.6, size, 1.9 * rows][: 2 + bool(rows)])
         figure.suptitle(_wrapped(report.sentence), fontsize=10)

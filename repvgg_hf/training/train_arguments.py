@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 from repvgg_hf.training.checkpoints import resume_field
 from repvgg_hf.training.mixing import MIXING
 
+METRICS = ("top1", "top5", "loss")  # of an evaluation
+
 
 @dataclass
 class TrainArguments(TrainingArguments):
@@ -97,4 +99,7 @@ class TrainArguments(TrainingArguments):
             self.load_best_model_at_end = True
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "top1"
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in METRICS:
+            raise ValueError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric!r}.")
         super().__post_init__()

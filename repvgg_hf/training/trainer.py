@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from repvgg_hf.training.batches import leaves_one_image
 from repvgg_hf.training.optimizer import MovingAverage
 from repvgg_hf.training.report import MASK, is_secret
 
+logger = logging.get_logger(__name__)
+
 AVERAGE = "average.pt"  # in a checkpoint: the moving average of the weights
+LOSS = "loss_{}.pt"  # in a checkpoint: the losses of a process since the last line of the log
 
 
 class AverageUpdates(TrainerCallback):
@@ -35,7 +39,8 @@ class ImageTrainer(Trainer):
     """A `Trainer` that drops the last batch of an epoch if it is a single image, see [`leaves_one_image`].
 
     Tokens are masked in the `training_args.bin` that it saves with each checkpoint. With a moving average of the
-    weights that one is evaluated, and is the model when the training has ended; checkpoints have both.
+    weights that one is evaluated, and is the model when the training has ended; checkpoints have both. From a
+    checkpoint after which the training ended it takes no further step, and a mean loss is that of all its steps.
 
     Args:
         class_weights: what an image of each class counts in the loss of training, floating `[classes]`.
@@ -88,6 +93,28 @@ class ImageTrainer(Trainer):
             self.average = None
         return output
 
+    def _init_training_state(self, *args, **kwargs):
+        begun = super()._init_training_state(*args, **kwargs)
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            if self.state.best_model_checkpoint is None:  # of which Trainer has warned
+                logger.warning(f"The folder of the run has moved: the best checkpoint is {best}.")
+            self.state.best_model_checkpoint = str(best)
+        return begun
+
+    def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs):
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # Trainer looks at neither before the first step
+            return
+        if resume_from_checkpoint is not None and epoch == epochs_trained:
+            self._load_loss(Path(resume_from_checkpoint) / LOSS.format(self.args.process_index))
+        super()._run_epoch(
+            epoch=epoch,
+            epochs_trained=epochs_trained,
+            resume_from_checkpoint=resume_from_checkpoint,
+            **kwargs,
+        )
+
     def evaluation_loop(self, *args, **kwargs):
         """Evaluate the average of the weights."""
         if self.average is None:
@@ -106,6 +133,17 @@ class ImageTrainer(Trainer):
     def _load_average(self, checkpoint: str) -> None:
         if self.average is not None:
             self.average.load_state_dict(torch.load(Path(checkpoint) / AVERAGE, map_location="cpu", weights_only=True))
+
+    def _load_loss(self, path: Path) -> None:
+        if path.exists():  # older checkpoints have none
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            self._tr_loss = saved["loss"].to(self.args.device)
+            self._globalstep_last_logged = saved["step"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        loss = {"loss": self._tr_loss, "step": self._globalstep_last_logged}
+        torch.save(loss, Path(output_dir) / LOSS.format(self.args.process_index))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         arguments, self.args = self.args, copy.copy(self.args)

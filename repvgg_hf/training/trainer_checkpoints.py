@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from repvgg_hf.training.checkpoints import check_finite
 from repvgg_hf.training.run_record import check_same_run
+from repvgg_hf.training.trainer import AVERAGE
 
 logger = logging.get_logger(__name__)
 
@@ -41,10 +43,14 @@ def training_options(args: TrainingArguments) -> dict:
 
 
 class RunCallback(TrainerCallback, ExportableState):
-    """Saves the record of a run in each checkpoint, and none of a model that has diverged, with a `RuntimeError`."""
+    """Saves the record of a run in each checkpoint, and none of a model that has diverged, with a `RuntimeError`.
+
+    A checkpoint of an epoch's last step waits for what the log gets at the epoch's end, which would be lost with it.
+    """
 
     def __init__(self, record: dict):
         self.record = record
+        self.waits = False
 
     def state(self) -> dict:
         """What `Trainer` writes into its state."""
@@ -53,18 +59,22 @@ class RunCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save:
             check_finite(model)
+        self.waits = control.should_save and (state.epoch.is_integer() or control.should_training_stop)
+        control.should_save = control.should_save and not self.waits
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        control.should_save = control.should_save or self.waits
         if control.should_save:
             check_finite(model)
 
 
 def check_folder(folder: Path, resume: bool | Path) -> None:
-    """Raise `ValueError` if a new run would overwrite what another one has left in `folder`.
+    """Raise `ValueError` if `folder` can't be written, or a new run would overwrite what another one has left in it.
 
     `resume` says whether, or where from, the run goes on; without any checkpoint a finished run has nothing to go on
     from, either.
     """
+    _check_writable(folder)
     has_checkpoint = any(_step(path) for path in folder.glob("checkpoint-*"))
     left = sorted(path.name for pattern in _OF_A_RUN for path in folder.glob(pattern))
     if not left or (resume and (has_checkpoint or RESULTS not in left or isinstance(resume, Path))):
@@ -74,6 +84,18 @@ def check_folder(folder: Path, resume: bool | Path) -> None:
         f"--output_dir {folder} holds a run already ({', '.join(left[:3])}), which would be overwritten: give another "
         f"--output_dir{go_on}, or remove the folder."
     )
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder} can't be written ({error.strerror} in {existing}): give a folder that can, or make "
+            "it writable."
+        ) from error
 
 
 def find_checkpoint(place: Path, record: dict) -> Path | None:
@@ -123,6 +145,8 @@ def find_fault(checkpoint: Path) -> str | None:
     shards = {shard for path in checkpoint.glob("*.safetensors.index.json") for shard in _shards(path)}
     if missing := sorted(shards - set(names)):
         return f"it has no {missing[0]}, which its index names"
+    if AVERAGE not in names and (_saved_record(checkpoint) or {}).get("--ema_decay"):
+        return f"it has no {AVERAGE}, the moving average of the weights"
     return None
 
 
@@ -150,12 +174,17 @@ def _step(path: Path) -> re.Match | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
 
 
-def _record_of(checkpoint: Path) -> dict:
+def _saved_record(checkpoint: Path) -> dict | None:
     callbacks = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
     saved = callbacks.get(RunCallback.__name__)
-    if not saved:
+    return saved["args"]["record"] if saved else None
+
+
+def _record_of(checkpoint: Path) -> dict:
+    record = _saved_record(checkpoint)
+    if record is None:
         raise ValueError(
             f"The checkpoint {checkpoint} does not say what it was trained with: train.py has not written it. Start "
             "from its weights with --model_name_or_path."
         )
-    return saved["args"]["record"]
+    return record

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Hf
 from repvgg_hf.hub import write_folder
 from repvgg_hf.recipes import qat, train
 from repvgg_hf.training.checkpoints import resume_place
+from repvgg_hf.training.trainer_checkpoints import STATE, find_fault
 
 TINY = "--hidden_sizes 8 --depths 1 --max_eval_samples 16 --per_device_train_batch_size 16".split()
 KILL_POINTS = Path(__file__).parents[1] / "kill_points.py"
@@ -208,6 +209,39 @@ def test_train_leaves_out_a_checkpoint_that_is_not_whole(
     resumed(source, folder, two_classes)
     assert f"The checkpoint {folder / 'checkpoint-4'} is not whole and left out: {reason}" in caplog.text
     assert f"Going on from {folder / 'checkpoint-2'}." in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_its_average_is_not_whole(source, tmp_path):
+    shutil.copytree(source / "checkpoint-2", tmp_path / "checkpoint-2")
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    assert '"--ema_decay": 0.0' in path.read_text()
+    path.write_text(path.read_text().replace('"--ema_decay": 0.0', '"--ema_decay": 0.9'))
+    assert find_fault(path.parent) == "it has no average.pt, the moving average of the weights"
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("--max_steps 3 --load_best_model_at_end True --ema_decay 0.9", (3, 3)),  # in the second epoch
+        ("--num_train_epochs 6 --early_stopping_patience 1 --learning_rate 1e-9", (4, 4)),  # which gets no better
+        ("--num_train_epochs 2 --save_strategy steps --save_steps 3", (3, 4)),
+        ("--num_train_epochs 2 --save_strategy steps --save_steps 3", (4, 4)),
+    ],
+)
+def test_train_goes_on_to_the_same_end_and_no_further(two_classes, tmp_path, options, steps):
+    whole, killed, moved = (tmp_path / name for name in ("whole", "killed", "moved"))
+    options = [*on(two_classes)[:-2], "--use_cpu", *options.split()]
+    train.main([*options, "--output_dir", str(whole)])
+    history = json.loads((whole / f"checkpoint-{steps[1]}" / STATE).read_text())["log_history"]
+    assert sum("eval_top1" in line for line in history) == 2  # at each epoch's end, with steps alone given too
+    for path in whole.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) <= steps[0]:
+            shutil.copytree(path, killed / path.name)
+    whole.rename(moved)  # nothing is taken from where the run was
+    train.main([*options, "--output_dir", str(killed), "--resume_from_checkpoint"])
+    for name in ("model.safetensors", "report.html"):
+        assert (killed / name).read_bytes() == (moved / name).read_bytes()
+    assert {path.name for path in killed.iterdir()} == {path.name for path in moved.iterdir()}
 
 
 def test_train_begins_anew_without_any_checkpoint(source, two_classes, tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_it_says_what_it_found_did_and_what_is_next(photos, trained):
     folder, output = trained
     lines = output.strip().splitlines()
     assert lines[0] == (
-        "24 training and 12 validation images of 2 classes (across, along), 12 each; 32 x 32 pixels; "
+        "24 training and 12 validation images of 2 classes (across, along), 12 of each to train on; 32 x 32 pixels; "
         "6 steps of 8 images."
     )
     pattern = r"epoch +(\d) of 2  loss \d\.\d{3}  validation +[\d.]+ %  [\d,]+ images/s  \d:\d\d left"
@@ -133,8 +133,17 @@ def test_no_pictures(tmp_path):
         call(tmp_path / "empty", *options)
     draw(tmp_path / "classes", 3)
     (tmp_path / "classes" / "neither").mkdir()
-    with pytest.raises(ValueError, match="has no images in neither: remove the folder"):
+    with pytest.raises(ValueError, match="has no images in 'neither': remove the folder"):
         call(tmp_path / "classes", *options)
+
+
+def test_what_would_fail_after_an_epoch_is_refused_before(photos, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output_dir .*out can't be written \(Not a directory in .*file\)"):
+        call(photos, *SHORT, "--output_dir", tmp_path / "file" / "new" / "out")
+    with pytest.raises(ValueError, match="--metric_for_best_model must be one of top1, top5, loss, got 'foo'"):
+        call(photos, *SHORT, "--output_dir", tmp_path / "out", "--metric_for_best_model", "foo")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_picture_stops_it_before_anything_is_written(tmp_path):

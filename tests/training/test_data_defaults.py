@@ -5,7 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from repvgg_hf.training.data_defaults import steps_per_epoch, suggest_image_size, suggest_plan, suggest_strides
+from repvgg_hf.training.data_defaults import (
+    epochs_between_evaluations,
+    steps_per_epoch,
+    suggest_image_size,
+    suggest_plan,
+    suggest_strides,
+)
 from repvgg_hf.training.data_report import describe_data, find_concerns
 from repvgg_hf.training.splits import DataArguments, load_splits
 
@@ -41,13 +47,13 @@ def test_few_pictures_are_seen_often_enough(images):
     steps = plan.epochs * steps_per_epoch(images, plan.batch_size, 1, 1)
     assert steps >= 1200 and plan.epochs >= 20
     assert steps < 1300 or plan.epochs <= 60  # no more than it takes
-    assert 1 <= plan.epochs / plan.evaluate_every <= 25
+    assert 1 <= plan.epochs / epochs_between_evaluations(int(steps), int(steps / plan.epochs)) <= 25
     assert plan.learning_rate == pytest.approx(0.1 * plan.batch_size / 64)
 
 
 def test_what_is_given_stays():
     plan = suggest_plan(180, False, 16, 3, processes=1, accumulated=1)
-    assert (plan.batch_size, plan.epochs, plan.evaluate_every) == (16, 3, 1)
+    assert (plan.batch_size, plan.epochs) == (16, 3)
     tuned = suggest_plan(180, True, None, None, processes=1, accumulated=1)
     assert tuned.epochs == 67 and tuned.learning_rate == pytest.approx(0.005)
     again = suggest_plan(180, True, None, None, processes=1, accumulated=1, new_classifier=True)

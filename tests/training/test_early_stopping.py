@@ -17,3 +17,6 @@ def test_it_waits_for_two_evaluations_after_the_best(values, first_step, stops):
     args = SimpleNamespace(metric_for_best_model="top1", greater_is_better=True)
     EarlyStopping(2, first_step).on_evaluate(args, state, control)
     assert control.should_training_stop == stops
+    control.should_training_stop = False
+    EarlyStopping(2, first_step).on_train_begin(args, state, control)  # as when it is resumed there
+    assert control.should_training_stop == stops
