@@ -169,7 +169,7 @@ def _reach(operation: Operation) -> tuple[int, bool]:
 
 
 def _is_trainable(norm: nn.Module) -> bool:
-    return isinstance(norm.weight, nn.Parameter)
+    return isinstance(norm.weight, nn.Parameter) and norm.weight.requires_grad
 
 
 __all__ = ["BranchSum", "NormedBranch", "SumFinder"]

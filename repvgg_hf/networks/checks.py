@@ -1,11 +1,14 @@
 """What a network must be before it is recorded, with errors that say what to do otherwise."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..runtime.cluster_layers import ClusterLayer
 from ..runtime.tensors import require_bare, require_in_memory, require_module
+from .recording import arguments_of, tensors_in
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _FOLLOWS_BATCHES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)  # other than in eval mode
@@ -24,6 +27,16 @@ def check_can_be_fused(model: nn.Module, tolerance: float) -> None:
                 f"{name or 'The model'} ({type(module).__name__}) is in training mode, in which batch norms follow "
                 "each batch and nothing can be fused: call model.eval() first."
             )
+
+
+def check_example(example) -> None:
+    """Raise `ValueError` for an example without a value in any tensor, on which nothing can be verified."""
+    _, shapes = arguments_of(example), [list(tensor.shape) for tensor in tensors_in(example)]
+    if not any(map(math.prod, shapes)):
+        raise ValueError(
+            f"The example is empty (tensors of {', '.join(map(str, shapes))}), so that the fused model can't be "
+            "compared with the one before: give at least one input, such as torch.randn(1, 3, 224, 224)."
+        )
 
 
 def check_can_be_recorded(model: nn.Module) -> None:

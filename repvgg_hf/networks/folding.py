@@ -76,6 +76,8 @@ def _reason_to_leave(graph: Graph, placement: Placement, before: int, number: in
         return f"what {layer.modules[-1]} gives is used elsewhere as well"
     if layer.name == "linear" and len(layer.shape) != 2:
         return "the norm is over another dimension than the layer's features"
+    if layer.name != "linear" and len(layer.shape) != int(layer.name[-2]) + 2:
+        return "its input is no batch, so that the norm is over another dimension than the layer's channels"
     for node, result, kinds in ((layer, before, _LAYERS[layer.name]), (norm, number, nn.modules.batchnorm._BatchNorm)):
         name = node.modules[-1]
         module, calls = placement.modules[name], placement.calls[name]
@@ -87,8 +89,9 @@ def _reason_to_leave(graph: Graph, placement: Placement, before: int, number: in
             return f"{name} is a {type(module).__name__}, which may do more than a plain {kinds.__name__.strip('_')}"
         if any(placement.owners[id(tensor)] > 1 for tensor in module._parameters.values() if tensor is not None):
             return f"{name} shares a weight with another module"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name} has forward hooks (pruning, offloading or another tool's), which would be lost"
+        reason = placement.reason_to_keep(name, module, frozenset((before, number)))
+        if reason is not None:
+            return reason
     return None
 
 

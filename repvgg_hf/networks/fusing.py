@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -11,17 +10,17 @@ from torch import nn
 from ..runtime.fused_structure import check_fused_structure, describe_convolution, replace_modules, restore_modules
 from ..runtime.modeling_reparameterized import ReparameterizedPreTrainedModel
 from ..runtime.reparameterization import ReparamConv2d
-from .checks import check_can_be_fused
+from .checks import check_can_be_fused, check_example
 from .equivalent import convolution_of, error_of, kernel_of
 from .folding import fold_norms
 from .oabn import settle_outlier_bounds
 from .operations import Convolution, uses_batch_statistics
 from .placement import Edit, Found, Placement
-from .recording import arguments_of, record, tensors_in
+from .recording import arguments_of, record
 from .regions import Graph, Region
 from .report import FusedRegion, FuseReport
 from .trainable_blocks import BlockMaker
-from .verifying import find_difference
+from .verifying import explains_jumps, find_difference, largest_rounding, output_error
 
 
 @torch.inference_mode(False)  # its weights may be trained
@@ -64,6 +63,7 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branch
     >>> print(report)
     ```"""
     check_can_be_fused(model, tolerance)
+    check_example(example)
     before = count_layers(model)
     if isinstance(model, ReparameterizedPreTrainedModel):
         regions, error = _fuse_own(model, example)
@@ -281,25 +281,8 @@ def _outcome(model: nn.Module, example: Any, graph: Graph, expected: Any, found:
     difference = find_difference(graph, after, {max(one.nodes): (one.source, one.convolution) for one in found})
     if difference is not None:
         return f"with one convolution in its place the model is another: {difference}"
-    return output_error(expected, after.output)
-
-
-def output_error(expected: Any, outputs: Any) -> float:
-    """Return the largest difference between the tensors of two outputs, each relative to its largest value.
-
-    Infinite if there are other ones, or of other shapes or dtypes.
-    """
-    pairs = list(tensors_in(expected)), list(tensors_in(outputs))
-    shapes = [[(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in pairs]
-    if shapes[0] != shapes[1]:
-        return math.inf
-    worst = 0.0
-    for want, got in zip(*pairs):
-        if not want.is_floating_point():
-            continue
-        difference = torch.where((want == got) | (want.isnan() & got.isnan()), 0, (want - got).abs())
-        finite = want[want.isfinite()].abs()
-        largest = finite.max().item() if finite.numel() else 0.0
-        error = difference.max().item() / max(largest, 1e-30) if difference.numel() else 0.0
-        worst = max(worst, error if math.isfinite(error) else math.inf)
-    return worst
+    error = output_error(expected, after.output)
+    limit = largest_rounding(graph.recording)
+    if error > limit and not explains_jumps(graph.recording):
+        return f"with one convolution in its place the model's outputs differ by {error:.1e} of the largest"
+    return error

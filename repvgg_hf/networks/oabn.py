@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..runtime.reparameterization import ReparamConv2d
-from ..runtime.tensors import kernel_of
+from ..runtime.tensors import at_least_float32, has_memory, kernel_of
 from .branch_sums import BranchSum, NormedBranch, SumFinder
 from .checks import check_can_be_recorded, check_not_quantized
 from .recording import record
@@ -32,6 +32,10 @@ class OutlierBounds:
         self.sums, self.threshold = list(sums), threshold
         self.trained = False  # since the last projection for good: an optimizer step may have moved the weights
         self.moved: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # norm weights before and after, by module
+        self.versions: list[int] | None = None  # of the tensors that bounds are made of, when last seen in evaluation
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"versions": None}  # a copy's tensors count anew
 
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:
@@ -54,22 +58,43 @@ class OutlierBounds:
             torch._foreach_clamp_min_(largest, 1e-12)
             torch._foreach_div_([limits[number] for number in with_kernel], largest)
         weights = [norm.weight for norm in norms]
-        clipped = torch._foreach_maximum(torch._foreach_minimum(weights, limits), torch._foreach_neg(limits))
+        exact = [at_least_float32(weight) for weight in weights]
+        clipped = torch._foreach_maximum(torch._foreach_minimum(exact, limits), torch._foreach_neg(limits))
         torch._foreach_copy_(weights, clipped)
 
     def present(self, model: nn.Module) -> list[BranchSum]:
         """Return the sums that `model` still has: others are in a part that was fused by itself, as they were then."""
         return [branches for branches in self.sums if _has(model, branches)]
 
+    def present_versions(self, model: nn.Module) -> list[int] | None:
+        """Return how often each tensor that bounds are made of was overwritten, which is known without the device.
+
+        `None` where they are stand-ins, as `torch.func` computes with.
+        """
+        branches = [branch for one in self.present(model) for branch in (*one.dense, *one.others)]
+        names = [name for branch in branches for name in (branch.norm, branch.convolution) if name]
+        modules = map(model.get_submodule, names)
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        if not all(has_memory(tensor.data) for tensor in tensors):
+            return None
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+    def _is_outdated(self, model: nn.Module) -> bool:
+        """Tell whether weights or statistics were overwritten since they were last seen; not told while compiled."""
+        if torch.compiler.is_compiling():
+            return False
+        return self.present_versions(model) not in (None, self.versions)
+
     def __call__(self, model: nn.Module, args: tuple) -> None:
         """Project before a forward pass in training. Ranks agree: their statistics are made equal just before.
 
-        And before the first one in evaluation after that, which then computes what the fused model will.
+        And before one in evaluation if weights or statistics were overwritten since the last, by training, averaging or
+        loading: it then computes what the fused model will.
         """
         if model.outlier_bounds is not self:
             return
         if not model.training:
-            if self.trained:
+            if self.trained or self._is_outdated(model):
                 self.project_for_now(model)
             return
         if not self.trained:
@@ -91,6 +116,11 @@ class OutlierBounds:
         then on: they are remembered, and moved back before training goes on.
         """
         self.trained = False
+        self._project_or_remember(model)
+        if not torch.compiler.is_compiling():
+            self.versions = self.present_versions(model)
+
+    def _project_or_remember(self, model: nn.Module) -> None:
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             self.project(model)
             return
@@ -194,6 +224,7 @@ def add_oabn(model: nn.Module, example: Any, threshold: float = 6.0) -> OABNRepo
         raise ValueError(f"The model has no sum of branches to bound. {_nothing(report)}")
     if found:
         model.outlier_bounds = OutlierBounds(found, threshold)
+        model.outlier_bounds.versions = model.outlier_bounds.present_versions(model)
         model.register_forward_pre_hook(model.outlier_bounds)
         model.register_state_dict_pre_hook(model.outlier_bounds.before_state_dict)
     return report
@@ -237,7 +268,8 @@ def _record_in_eval_mode(model: nn.Module, example: Any):
 
 def _deviations(norms: list[nn.Module]) -> list[torch.Tensor]:
     """Return what each norm divides by, `[out]`."""
-    variances = torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms])
+    variances = [at_least_float32(norm.running_var) for norm in norms]
+    variances = torch._foreach_add(variances, [norm.eps for norm in norms])
     return torch._foreach_sqrt(variances)
 
 
@@ -247,8 +279,9 @@ def _contribution_variances(model: nn.Module, branches: list[NormedBranch]) -> l
     They are computed from sums per channel, which read a kernel twice and allocate nothing of its size.
     """
     norms = [model.get_submodule(branch.norm) for branch in branches]
-    kernels = [kernel_of(model.get_submodule(branch.convolution)) for branch in branches]
-    scales = torch._foreach_div([norm.weight for norm in norms], _deviations(norms))
+    kernels = [at_least_float32(kernel_of(model.get_submodule(branch.convolution))) for branch in branches]
+    weights = [torch.ones_like(norm.running_var) if norm.weight is None else norm.weight for norm in norms]
+    scales = torch._foreach_div([at_least_float32(weight) for weight in weights], _deviations(norms))
     totals = torch._foreach_mul(scales, [kernel.sum(dim=(1, 2, 3)) for kernel in kernels])
     lengths = torch._foreach_mul(scales, [torch.linalg.vector_norm(kernel, dim=(1, 2, 3)) for kernel in kernels])
     counts = [kernel.numel() for kernel in kernels]
@@ -260,7 +293,7 @@ def _contribution_variances(model: nn.Module, branches: list[NormedBranch]) -> l
 
 def _largest_entry(model: nn.Module, branch: NormedBranch) -> torch.Tensor:
     """Return the largest magnitude in a branch's kernel before its norm, for each output channel `[out]`."""
-    return kernel_of(model.get_submodule(branch.convolution)).abs().amax(dim=(1, 2, 3))
+    return at_least_float32(kernel_of(model.get_submodule(branch.convolution)).abs().amax(dim=(1, 2, 3)))
 
 
 __all__ = ["OABNReport", "OutlierBounds", "add_oabn", "settle_outlier_bounds"]

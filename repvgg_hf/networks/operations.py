@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .recording import SAME, Node, Recording, Ref
+from .recording import RANDOM, SAME, Node, Recording, Ref
 
 _SUMS = {"add", "add_", "sub", "sub_", "__add__", "__radd__", "__iadd__", "__sub__", "__isub__"}
 _DIFFERENCES = {"sub", "sub_", "__sub__", "__isub__", "subtract"}
@@ -206,13 +206,19 @@ def uses_batch_statistics(node: Node) -> bool:
     return bool(_named(node, "input", "mean", "variance", "weight", "bias", "training").get("training"))
 
 
+def is_random(node: Node) -> bool:
+    """Tell whether a node computes something else in every pass."""
+    drops = "dropout" in node.name and bool(_named(node, "input", "p", "training").get("training", True))
+    return drops or node.name.startswith(RANDOM) or node.name.removesuffix("_").endswith(RANDOM)
+
+
 def _affine(recording: Recording, node: Node) -> Affine | None:
     """Compute the node for maps of one pixel with constant values: all channels at once, each on its own."""
     channels = node.shape[1]
     if node.name == "batch_norm" and uses_batch_statistics(node):
         return None
-    if "dropout" in node.name and _named(node, "input", "p", "training").get("training", True):
-        return None  # random
+    if is_random(node):
+        return None
     results = []
     for probe in _PROBES:
         x = torch.full((1, channels, 1, 1), probe, dtype=torch.float64)

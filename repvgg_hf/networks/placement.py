@@ -45,6 +45,10 @@ class Placement:
         self.model, self.graph, self.calls = model, graph, graph.recording.calls
         self.modules = dict(model.named_modules())
         self.owners = Counter(id(tensor) for module in self.modules.values() for tensor in module._parameters.values())
+        self.readers = defaultdict(set)  # by the id of a module's tensor: the nodes that read it
+        for number, node in enumerate(graph.recording.nodes):
+            for weight in node.weights if number in graph.live else ():
+                self.readers[weight].add(number)
         self.names = defaultdict(list)  # every name of a module
         for name, module in model.named_modules(remove_duplicate=False):
             self.names[id(module)].append(name)
@@ -65,7 +69,8 @@ class Placement:
 
     def _label(self, number: int) -> str:
         node = self.graph.recording.nodes[number]
-        return f"{node.name}() in {node.modules[-1] or 'the model'}" if node.modules else f"{node.name}()"
+        name = f"{node.name}()" if node.name else "a function of several results"
+        return f"{name} in {node.modules[-1] or 'the model'}" if node.modules else name
 
     def find(self, region: Region) -> dict[str, Edit] | str:
         """Return the edits by module name, one of which is the convolution, or the reason why there are none."""
@@ -75,10 +80,23 @@ class Placement:
         edits = self._spread(region, _outermost(inside)) if innermost is None else {innermost: Edit("conv2d")}
         if edits is None:
             return f"its nodes are computed by forward() of {self._common_module(region)} itself, not by modules in it"
-        for name, module in self._replaced(edits):
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"{name} has forward hooks (pruning, offloading or another tool's), which would be lost"
-        return edits
+        reasons = (self.reason_to_keep(*replaced, region.form.nodes) for replaced in self._replaced(edits))
+        return next(filter(None, reasons), edits)
+
+    def reason_to_keep(self, name: str, module: nn.Module, nodes: frozenset[int]) -> str | None:
+        """Tell what would be lost with a module that computes among `nodes` alone, `None` if nothing."""
+        for hooks, kind in (
+            (module._forward_hooks or module._forward_pre_hooks, "forward"),
+            (module._backward_hooks or module._backward_pre_hooks, "backward"),
+        ):
+            if hooks:
+                return f"{name} has {kind} hooks (pruning, offloading or another tool's), which would be lost"
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            others = self.readers[id(tensor)] - nodes if tensor is not None else ()
+            if others or (tensor is not None and id(tensor) in self.graph.recording.weights_read):
+                where = f"by {self._label(min(others))}" if others else "as a number or output"
+                return f"the model reads {name}.{key} elsewhere as well, {where}"
+        return None
 
     def _replaced(self, edits: dict[str, Edit]) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules that edits take out of the model, with their names."""

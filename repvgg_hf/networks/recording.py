@@ -24,7 +24,9 @@ _READS_VALUES = {
     "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "item", "tolist", "numpy",
     "is_nonzero", "equal", "allclose",
 }  # fmt: skip
-_RANDOM = ("rand", "bernoulli", "normal", "multinomial", "poisson", "uniform", "exponential", "cauchy", "geometric")
+RANDOM = ("rand", "bernoulli", "normal", "multinomial", "poisson", "uniform", "exponential", "cauchy", "geometric")
+# of their further tensors these read dtype, device or shape alone
+_LIKE_ANOTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 # in float64 these change nothing
 SAME = {"to", "float", "half", "double", "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "cpu", "cuda"}
@@ -46,6 +48,7 @@ class Node:
         shape, dtype: of its result, and `None` where that isn't one tensor.
         padded_by: the module whose padding with other than zeros it includes, if it is such a convolution.
         users: the numbers of the nodes that take its result; `OUTSIDE` if the model returns it.
+        weights: ids of the modules' tensors that it reads, or that constants among its arguments are computed from.
     """
 
     function: Any
@@ -58,6 +61,7 @@ class Node:
     dtype: torch.dtype | None = None
     padded_by: nn.Conv2d | None = None
     users: set[int] = field(default_factory=set)
+    weights: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -88,6 +92,7 @@ class Recording:
         results: the numbers of the nodes of the tensors in it, `None` for a constant.
         inputs: the number of tensors in the example; their nodes are the first.
         computed: the function, arguments and keyword arguments of each constant that was computed from others.
+        weights_read: ids of the modules' tensors whose values the model's code reads as numbers, or which it returns.
     """
 
     nodes: list[Node]
@@ -96,6 +101,7 @@ class Recording:
     results: list[int | None]
     inputs: int
     computed: MutableMapping[torch.Tensor, tuple]
+    weights_read: set[int]
 
     def exact(self, value: Any) -> Any:
         """Return a constant in float64 on the CPU: computed again, if it was computed; anything else as it is.
@@ -172,11 +178,14 @@ class _Recorder(TorchFunctionMode):
         self.stack: list[tuple[str, nn.Module]] = []
         self.numbers = WeakIdKeyDictionary()  # tensor: number of its node, or None for a constant
         self.computed = WeakIdKeyDictionary()  # constant: how it was computed from others
+        self.weights = WeakIdKeyDictionary()  # constant: ids of the modules' tensors that it is computed from
+        self.weights_read: set[int] = set()
         self.sharing = defaultdict(list)  # address of the memory: weak references to tensors
         for module in model.modules():
             for tensor in [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]:
                 if isinstance(tensor, torch.Tensor):
                     self.register(tensor, None)
+                    self.weights[tensor] = frozenset((id(tensor),))
 
     def register(self, tensor: torch.Tensor, number: int | None) -> None:
         if tensor not in self.numbers:
@@ -200,6 +209,9 @@ class _Recorder(TorchFunctionMode):
             self.add(tensor, Node(None, modules=self.names()))  # from nowhere: it may depend on the example
         return self.numbers[tensor]
 
+    def weights_of(self, tensors: list[torch.Tensor]) -> frozenset[int]:
+        return frozenset().union(*(self.weights.get(tensor, ()) for tensor in tensors))
+
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.stack)
 
@@ -220,19 +232,23 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(number for number in map(self.number_of, given) if number is not None)
         if inputs and name in _READS_VALUES:
             raise ValueError(self._reads_values(name))
+        weights = self.weights_of(given[:1] if name in _LIKE_ANOTHER else given)
+        if name in _READS_VALUES:
+            self.weights_read |= weights
         versions = [_version(tensor) for tensor in given]
         result = function(*args, **kwargs)
         changed = [tensor for tensor, version in zip(given, versions) if _version(tensor) != version]
-        self._note(Node(function, *refs, inputs, self.names()), name, result, changed)
+        self._note(Node(function, *refs, inputs, self.names(), weights=weights), name, result, changed)
         return result
 
     def _note(self, node: Node, name: str, result: Any, changed: list[torch.Tensor]) -> None:
         """Make nodes of what a function returned or overwrote, or constants if neither depends on the example."""
-        depends = bool(node.inputs) or (name.startswith(_RANDOM) or name.removesuffix("_").endswith(_RANDOM))
+        depends = bool(node.inputs) or (name.startswith(RANDOM) or name.removesuffix("_").endswith(RANDOM))
         if name in _SHAPE_ONLY and not changed:
             depends = False
         for tensor in changed:
             self.computed.pop(tensor, None)
+            self.weights[tensor] = frozenset() if depends else node.weights
             if depends:
                 self._overwritten(node, tensor)
         changed_ids = set(map(id, changed))
@@ -245,13 +261,14 @@ class _Recorder(TorchFunctionMode):
                 continue
             if not depends:
                 self.register(tensor, None)
+                self.weights[tensor] = node.weights if name not in _SHAPE_ONLY else frozenset()
                 if isinstance(result, torch.Tensor) and not changed:
                     self.computed[tensor] = (node.function, node.args, node.kwargs)
             elif isinstance(result, torch.Tensor):
                 node.padded_by = self._padding_convolution() if name == "conv2d" else None
                 self.add(tensor, node)
             else:
-                self.add(tensor, Node(None, inputs=node.inputs, modules=node.modules))
+                self.add(tensor, Node(None, inputs=node.inputs, modules=node.modules, weights=node.weights))
 
     def _overwritten(self, node: Node, tensor: torch.Tensor) -> None:
         """Make the node the new value of `tensor`; other tensors with the same memory have changed as well."""
@@ -261,7 +278,7 @@ class _Recorder(TorchFunctionMode):
         if first is not None and not aliases and self.numbers.get(tensor) == first:
             number = self.add(tensor, dataclasses.replace(node, in_place=True, users=set()))
         else:
-            number = self.add(tensor, Node(None, inputs=node.inputs, modules=node.modules))
+            number = self.add(tensor, Node(None, inputs=node.inputs, modules=node.modules, weights=node.weights))
         for alias in aliases:
             before = self.numbers.get(alias)
             inputs = (number,) if before is None else (number, before)
@@ -361,8 +378,11 @@ def record(model: nn.Module, example: Any) -> Recording:
     for number in results:
         if number is not None:
             recorder.nodes[number].users.add(OUTSIDE)
+    recorder.weights_read |= recorder.weights_of(
+        [tensor for tensor in tensors_in(output) if tensor in recorder.weights]
+    )
     count = sum(1 for _ in tensors_in((args, kwargs)))
-    return Recording(recorder.nodes, calls, output, results, count, recorder.computed)
+    return Recording(recorder.nodes, calls, output, results, count, recorder.computed, recorder.weights_read)
 
 
 def _failed(model: nn.Module, recorder: _Recorder, example: tuple, error: Exception) -> str:

@@ -220,8 +220,20 @@ def weight_files(name, revision: str | None = None, cache_dir=None, subfolder: s
     if whole is not None:
         return [whole]
     index = find("model.safetensors.index.json")
-    shards = set() if index is None else set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    shards = set() if index is None else set(_weight_map(index).values())
     return [path for path in map(find, sorted(shards)) if path is not None]
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    """Return the file of every tensor, as the `index` of a sharded checkpoint has it."""
+    try:
+        found = json.loads(Path(index).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{index} can't be read ({error}): it is truncated or damaged. {AGAIN}") from error
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index} has no weight_map that names the file of every tensor: it is damaged. {AGAIN}")
+    return names
 
 
 def weights_checksum(files: list[str], config: PreTrainedConfig) -> str:

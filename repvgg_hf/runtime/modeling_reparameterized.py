@@ -5,6 +5,7 @@ See `reparameterization.py`.
 """
 
 from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
-        except SafetensorError:
+        except (SafetensorError, KeyError, JSONDecodeError):  # of the weights, or of the index of their files
             require_readable(pretrained_model_name_or_path, weight_files(pretrained_model_name_or_path, **kwargs))
             raise
         check_published_weights(pretrained_model_name_or_path, model.config, kwargs)

@@ -91,7 +91,25 @@ def check_quantized_on_loading(model, missing: Iterable[str], mismatched: Iterab
     absent = {*missing, *(key for key, *_ in mismatched)}
     if not absent:
         return
-    new = [name for name in cluster_layers(model) if any(key.startswith(f"{name}.") for key in absent)]
+    _refuse_untrained(name for name in cluster_layers(model) if any(key.startswith(f"{name}.") for key in absent))
+
+
+def check_loaded_before_quantizing(model, config) -> None:
+    """Raise `ValueError` for layers that `config` quantizes and that Transformers found no weights of to load.
+
+    It marks what it loaded, and hides what it did not from quantizers; a part that it moved has lost the marks.
+    """
+    layers = convertible_layers(model, config).items()
+    _refuse_untrained(
+        name
+        for name, layer in layers
+        if not hasattr(layer, "_hf_hook")
+        and not all(getattr(tensor, "_is_hf_initialized", False) for tensor in layer.parameters(recurse=False))
+    )
+
+
+def _refuse_untrained(names: Iterable[str]) -> None:
+    new = list(names)
     if new:
         raise ValueError(
             f"{', '.join(new)} is new and untrained, as the checkpoint has no such layer or another size of it, and "
@@ -111,6 +129,7 @@ def warn_of_new_layers(name, layers: dict[str, NewLayer], kept: str) -> None:
 
 __all__ = [
     "NewLayer",
+    "check_loaded_before_quantizing",
     "check_quantized_on_loading",
     "check_sizes",
     "find_new_layers",

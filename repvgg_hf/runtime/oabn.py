@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .tensors import at_least_float32
+
 
 class _BoundedWeight(torch.autograd.Function):
     """Clip `weight` to `[-limit, limit]`. A clipped entry receives only the gradient that would bring it back inside.
@@ -35,8 +37,9 @@ def outlier_bounded_weight(norm: nn.Module, kernel_max: torch.Tensor | float, bo
     The branch contributes `weight / sqrt(running_var + eps) * W` to the fused kernel. With `kernel_max = max|W|` per
     output channel, the clip is `bound * sqrt(running_var + eps) / kernel_max`.
     """
-    deviation = (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
-    return _BoundedWeight.apply(norm.weight, bound * deviation / kernel_max)
+    deviation = (at_least_float32(norm.running_var) + getattr(norm, "eps", 1e-5)).sqrt()
+    weight = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+    return _BoundedWeight.apply(weight, (bound * deviation / kernel_max).to(weight.dtype))
 
 
 __all__ = ["outlier_bounded_weight"]

@@ -13,7 +13,7 @@ from .checksum_settings import settings_to_store
 from .cluster_layers import check_layers
 from .layer_swaps import dequantize_layers, rebuild_structure, replace_with_cluster_layers, warn_of_half_biases
 from .marker import has_own_code, pass_over_marker, with_marker
-from .new_layers import NewLayer, find_new_layers
+from .new_layers import NewLayer, check_loaded_before_quantizing, find_new_layers
 from .quantization_cluster import ClusterConfig
 from .stored_names import names_in_model, tensors_in_files
 from .whole_package import import_compression
@@ -93,6 +93,8 @@ class ClusterQuantizer(HfQuantizer):
         if self.pre_quantized:
             _own_method(model, check_layers, "check_cluster_layers")()
             return
+        if not has_own_code(model):  # else with what was missing, see check_quantized_on_loading
+            check_loaded_before_quantizing(model, self.quantization_config)
         model.is_quantized = False  # not yet, although it was announced before the weights were loaded
         quantize = getattr(model, "quantize", None) or partial(import_compression("quantize()").quantize, model)
         quantize(self.quantization_config)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .oabn import outlier_bounded_weight
-from .tensors import kernel_of, require_in_memory, require_unpruned
+from .tensors import at_least_float32, kernel_of, require_in_memory, require_unpruned
 
 
 def batch_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -46,10 +46,10 @@ def batch_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.
     )
 
 
-def _scale_and_bias(norm: nn.Module, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_bias(norm: nn.Module, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `(scale, bias)`, both `[out]`, of batch norm in eval mode, which is `y = scale * x + bias`."""
-    scale = weight / (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    scale = (1 if weight is None else weight) / (norm.running_var + getattr(norm, "eps", 1e-5)).sqrt()
+    return scale, (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
 
 
 class Branch(nn.Module):
@@ -90,10 +90,10 @@ class ConvBranch(Branch):
         kernel = kernel_of(self.conv)
         return kernel.contiguous(memory_format=torch.channels_last) if self.fuses_channels_last else kernel
 
-    def norm_weight(self, bound: torch.Tensor | None) -> torch.Tensor:
+    def norm_weight(self, bound: torch.Tensor | None) -> torch.Tensor | None:
         if bound is None:
             return self.norm.weight
-        kernel_max = kernel_of(self.conv).detach().abs().amax(dim=(1, 2, 3)).clamp_min(1e-12)
+        kernel_max = at_least_float32(kernel_of(self.conv).detach().abs().amax(dim=(1, 2, 3))).clamp_min(1e-12)
         return outlier_bounded_weight(self.norm, kernel_max, bound)
 
     def forward(self, x: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
@@ -118,8 +118,8 @@ class ConvBranch(Branch):
 
     def contribution_variance(self) -> torch.Tensor:
         """Compute the variance from sums per channel, which read the kernel twice and allocate nothing of its size."""
-        scale, _ = _scale_and_bias(self.norm, self.norm.weight)
-        weight = self.kernel()
+        scale = at_least_float32(_scale_and_bias(self.norm, self.norm.weight)[0])
+        weight = at_least_float32(self.kernel())
         total = (scale * weight.sum(dim=(1, 2, 3))).sum()
         square = (scale * torch.linalg.vector_norm(weight, dim=(1, 2, 3))).square().sum()
         return (square - total**2 / weight.numel()).clamp_min(0) / (weight.numel() - 1)

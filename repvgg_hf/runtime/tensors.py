@@ -18,6 +18,11 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor
 
 
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of half precision in float32, where squares and variances stay in range; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def channels_last(images: torch.Tensor) -> torch.Tensor:
     """Return `images` `[batch, channels, height, width]` with the channels last in memory.
 

@@ -73,8 +73,30 @@ class OverPositions(nn.Module):
         return self.norm(self.layer(x))
 
 
+class ReadsAgain(Twice):
+    def forward(self, x):
+        return self.norm(self.layer(x)).relu() @ self.layer.weight
+
+
+class AsksForBias(Twice):
+    """What it computes depends on whether a layer has a bias, which a folded one has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer.bias = None
+
+    def forward(self, x):
+        return self.norm(self.layer(x)) * (1 if self.layer.bias is None else 2)
+
+
 class OwnLinear(nn.Linear):
     pass
+
+
+def hooked_backward() -> nn.Module:
+    norm = nn.BatchNorm1d(6)
+    norm.register_full_backward_hook(lambda module, gradients, others: None)
+    return norm
 
 
 def hooked() -> nn.Module:
@@ -91,8 +113,22 @@ def hooked() -> nn.Module:
         (OverPositions, (3, 4, 6), "another dimension than the layer's features"),
         (lambda: nn.Sequential(OwnLinear(6, 6), nn.BatchNorm1d(6)), (3, 6), "may do more than a plain Linear"),
         (lambda: nn.Sequential(hooked(), nn.BatchNorm1d(6)), (3, 6), "0.0 has forward hooks"),
+        (lambda: nn.Sequential(nn.Linear(6, 6), hooked_backward()), (3, 6), "0.1 has backward hooks"),
+        (ReadsAgain, (3, 6), "the model reads 0.layer.weight elsewhere as well, by matmul() in 0"),
+        (AsksForBias, (3, 6), "the model is another: it computes mul() in 0"),
+        (lambda: nn.Sequential(nn.Conv1d(6, 7, 3), nn.BatchNorm1d(7)), (6, 9), "its input is no batch"),
     ],
-    ids=["twice", "elsewhere", "positions", "subclass", "hooks"],
+    ids=[
+        "twice",
+        "elsewhere",
+        "positions",
+        "subclass",
+        "hooks",
+        "backward",
+        "weight",
+        "bias",
+        "no batch",
+    ],  # fmt: skip
 )
 def test_what_cannot_be_folded_is_left_with_a_reason(make, shape, reason):
     model, x = nn.Sequential(make()).eval(), torch.randn(shape)

@@ -32,6 +32,10 @@ def expect_error(model: nn.Module, example, match: str, error=ValueError, **opti
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_an_empty_example():
+    expect_error(network(acb(C), C), images()[:0], r"The example is empty \(tensors of \[0, 3, 16, 16\]\)")
+
+
 class Decides(nn.Module):
     """Runs one branch or another, as its input says."""
 
@@ -208,7 +212,16 @@ def test_random_numbers_and_tensors_from_nowhere_are_no_constants():
     assert report.left == [] or "differ" in report.left[0].left
 
 
-def test_code_that_reads_replaced_modules():
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        (lambda norm: norm.weight.mean(), "reads 1.first.1.weight elsewhere as well, by mul() in 1"),
+        (lambda norm: norm.weight.mean().item(), "reads 1.first.1.weight elsewhere as well, as a number"),
+        (lambda norm: norm.eps, "the model fails, TypeError"),
+    ],
+    ids=["tensor", "number", "setting"],
+)
+def test_code_that_reads_replaced_modules(read, reason):
     """A forward that needs more of a module than its result: what only that module's absence breaks is left."""
 
     class Reads(nn.Module):
@@ -217,13 +230,13 @@ def test_code_that_reads_replaced_modules():
             self.first, self.second = conv_norm(C, C, 3), conv_norm(C, C, 3)
 
         def forward(self, x):
-            return self.second(self.first(x).relu() * self.first[1].weight.mean())
+            return self.second(self.first(x).relu() * read(self.first[1]))
 
     model = network(Reads(), C)
     expected = model(images())
     report = fuse(model, images())
     assert [region.name for region in report.fused] == ["1.second"]
-    assert any("the model fails, TypeError" in region.left for region in report.left)
+    assert any(reason in region.left for region in report.left)
     assert torch.allclose(model(images()), expected, atol=1e-5)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from repvgg_hf import RepVGGForImageClassification, fuse
-from repvgg_hf.networks.fusing import count_layers, output_error
+from repvgg_hf.networks.fusing import count_layers
+from repvgg_hf.networks.verifying import output_error
 from repvgg_hf.runtime.fused_structure import rebuild_fused
 
 timm = pytest.importorskip("timm")

@@ -77,6 +77,11 @@ class Residual(nn.Module):
         return x + (self.block(x) + self.identity(x))
 
 
+def frozen(block: Asymmetric) -> Asymmetric:
+    block.row.norm.weight.requires_grad_(False)
+    return block
+
+
 def network(block: nn.Module, channels=8) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), block, nn.ReLU())
 
@@ -266,6 +271,12 @@ def test_what_is_left_is_said_beside_what_is_bounded(example):
     [
         (lambda: network(nn.Identity()), 6.0, ValueError, "no sum of branches"),
         (lambda: network(NormAfterSum()), 6.0, ValueError, "no batch norm of its own"),
+        (
+            lambda: network(frozen(Asymmetric())),
+            6.0,
+            ValueError,
+            "the weight of 2.row.norm is no parameter that trains",
+        ),
         (lambda: network(Asymmetric(4)), 6.0, ValueError, "does not run on the example"),
         (lambda: network(Asymmetric()), 0, ValueError, "threshold must be a positive"),
         (lambda: network(Asymmetric()), float("inf"), ValueError, "threshold must be a positive"),
@@ -283,6 +294,59 @@ def test_what_cannot_be_bounded_is_a_named_error(make, threshold, error, message
     with pytest.raises(error, match=message):
         repvgg_hf.add_oabn(model, example, threshold)
     assert not model._forward_pre_hooks and not hasattr(model, "outlier_bounds")
+
+
+def test_a_dense_norm_without_a_weight_counts_as_ones(example):
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    widen(model)
+    model[2].square.norm.weight.data.fill_(1.0)
+    before, plain = model[2].row.norm.weight.clone(), copy.deepcopy(model)
+    plain[2].square.norm.weight = plain[2].square.norm.bias = None
+    for other in (model, plain):
+        repvgg_hf.add_oabn(other, example, THRESHOLD)
+        other.train()(example)
+    assert torch.equal(plain[2].row.norm.weight, model[2].row.norm.weight)
+    assert not torch.equal(model[2].row.norm.weight, before)
+
+
+def test_half_precision_is_projected_as_float32():
+    """Squares of such entries are outside of what float16 can hold."""
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    widen(model)
+    model[2].square.conv.weight.data.normal_(0, 1e-4)
+    model.half()
+    exact = copy.deepcopy(model).float()
+    for other in (model, exact):
+        x = torch.randn(1, 3, 8, 8).to(other[0].weight.dtype)
+        repvgg_hf.add_oabn(other, x, THRESHOLD)
+        other.outlier_bounds.project(other)
+    weights = [other[2].row.norm.weight for other in (model, exact)]
+    torch.testing.assert_close(weights[0], weights[1].half(), rtol=2e-3, atol=1e-6)
+    assert weights[0].ne(0).all()
+
+
+@pytest.mark.parametrize("way", ["averaged", "loaded"])
+def test_weights_that_were_overwritten_are_projected_in_evaluation(way, example):
+    torch.manual_seed(0)
+    model = network(Asymmetric())
+    report = repvgg_hf.add_oabn(model, example, THRESHOLD)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    widen(model)
+    outlier_bounds, model.outlier_bounds = model.outlier_bounds, None  # so that what is taken over is not projected
+    if way == "averaged":
+        averaged.update_parameters(model)
+        evaluated = averaged.module
+    else:
+        state, evaluated = copy.deepcopy(model.state_dict()), model
+        for tensor in model.state_dict().values():
+            tensor.data.zero_()
+        model.outlier_bounds = outlier_bounds
+        model.eval()(example)
+        model.load_state_dict(state)
+    evaluated.eval()(example)
+    assert_within_bounds(evaluated, report.bounded, THRESHOLD)
 
 
 def test_bounds_are_added_once(example):

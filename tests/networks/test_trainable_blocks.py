@@ -102,6 +102,24 @@ def test_what_is_no_sum_of_normalized_branches_is_one_convolution(block):
     assert relative_error(model(images), expected) < 1e-5
 
 
+@pytest.mark.parametrize("branch", [0, 1], ids=["dense", "other"])
+def test_a_norm_without_weight_and_bias_is_kept(branch):
+    torch.manual_seed(0)
+    block = acb(8)
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    model = randomize(network(block))
+    norms[branch].weight = norms[branch].bias = None
+    images = torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    repvgg_hf.fuse(model, images, keep_branches=True)
+    (block,) = blocks(model).values()
+    assert relative_error(model(images), expected) < 1e-5
+    block.oabn_threshold = 1e6
+    assert relative_error(model(images), expected) < 1e-5
+    model.set_submodule(next(iter(blocks(model))), block.fuse())
+    assert relative_error(model(images), expected) < 1e-5
+
+
 def test_oabn_bounds_kept_branches():
     torch.manual_seed(0)
     model = randomize(network(acb(8)))

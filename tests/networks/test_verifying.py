@@ -98,6 +98,29 @@ def test_what_selects_is_fused_although_outputs_jump():
     assert "It may have selected others" in str(report)
 
 
+@pytest.mark.parametrize("selects", [False, True])
+def test_outputs_that_differ_are_an_error_unless_something_selects(selects):
+    """Constant tensors that the model's code makes are not compared; the outputs tell."""
+
+    class ByKind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = conv_norm(3, C, 3)
+
+        def forward(self, x):
+            y = self.block(x).relu()
+            y = y * torch.full((C, 1, 1), 2.0 + isinstance(self.block, nn.Sequential))
+            return y.argmax(1) + y if selects else y
+
+    model = randomize(ByKind())
+    report = fuse(model, images())
+    if selects:
+        assert len(report.fused) == 1
+    else:
+        (left,) = report.left
+        assert "outputs differ by" in left.left and isinstance(model.block, nn.Sequential)
+
+
 def test_callers_that_rely_on_a_change_in_place():
     """The block overwrites its input, and its caller uses that: one convolution does not, and the block is left."""
 

@@ -227,6 +227,15 @@ class TestSaving:
             RepVGGForImageClassification.from_pretrained(folder)
         assert str(folder) in str(raised.value) and "Download or save it again" in str(raised.value)
 
+    @pytest.mark.parametrize(
+        ("text", "found"), [("{}", "has no weight_map"), ("{", "can't be read")], ids=["no map", "no JSON"]
+    )
+    def test_a_damaged_index(self, make_model, folder, text, found):
+        make_model().save_pretrained(folder, max_shard_size="4KB")
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=f"model.safetensors.index.json {found}.*it is (truncated or )?damaged"):
+            RepVGGForImageClassification.from_pretrained(folder)
+
     def test_dtypes(self, make_model, folder):
         make_model().bfloat16().save_pretrained(folder)
         assert RepVGGForImageClassification.from_pretrained(folder).dtype == torch.bfloat16

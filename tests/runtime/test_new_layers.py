@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from repvgg_hf import ClusterConfig, RepVGGBackbone, RepVGGConfig, RepVGGForImageClassification, RepVGGModel
 from repvgg_hf.compression.codebooks.weights import quantize_weight
@@ -150,6 +150,19 @@ def test_an_untrained_head_is_not_quantized_on_loading(make, tmp_path):
             AutoModelForImageClassification.from_pretrained(
                 tmp_path / folder, num_labels=3, ignore_mismatched_sizes=True, quantization_config=ClusterConfig()
             )
+
+
+def test_an_incomplete_checkpoint_of_another_library_is_not_quantized_on_loading(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=2)
+    model = ResNetForImageClassification(config)
+    lost = "resnet.encoder.stages.0.layers.0.layer.0.convolution"
+    model.save_pretrained(tmp_path)
+    load = AutoModelForImageClassification.from_pretrained
+    load(tmp_path, quantization_config=ClusterConfig())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != f"{lost}.weight"}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{lost} is new and untrained.*without quantization_config, train it"):
+        load(tmp_path, quantization_config=ClusterConfig())
 
 
 @pytest.mark.parametrize("model_class", [RepVGGModel, RepVGGBackbone])
