@@ -102,7 +102,7 @@ def model_and_images(args: BrowserArguments):
     if args.dataset_name is None:
         return model, torch.randn(max(16, args.images), 3, args.image_size, args.image_size).numpy()
     options = DataArguments(dataset_name=args.dataset_name, image_column_name=args.image_column_name)
-    split = load_splits(options, seed=args.seed)["validation"]
+    split = load_splits(options, seed=args.seed, train=False)["validation"]
     data = evaluation_data(split, options, AutoImageProcessor.from_pretrained(args.model_name_or_path))
     count = min(args.images, len(data))
     return model, torch.stack([data[index]["pixel_values"] for index in range(count)]).numpy()
