@@ -39,9 +39,8 @@ from repvgg_hf.training.metrics import accuracies
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
 from repvgg_hf.training.report import print_table, quantization_fields, write_json
 from repvgg_hf.training.run_record import run_record
-from repvgg_hf.training.splits import DataArguments, ImageSplit, align_splits, load_splits
+from repvgg_hf.training.splits import FOLDER, DataArguments, ImageSplit, align_splits, check_picture_folder, load_splits
 
-FOLDER = ("folder", "Pictures: one folder per class, or such folders in train/ and val/.", "dataset_name")
 RELOADED_BATCHES = 4  # enough to compare logits, and small enough to hand to another process
 
 TABLE = ("model", "top1", "top5", "images", "bytes", "bits_per_weight", "largest_logit_difference")
@@ -116,15 +115,6 @@ def check_options(args: QATArguments, quantization: QuantizationOptions, qat_con
             "--activation_bits needs images to find the inputs' ranges on, and training uses them for nothing else: "
             f"got --activation_bits {quantization.activation_bits} and --calibration_images {args.calibration_images}, "
             "give both, such as --calibration_images 512, or none."
-        )
-
-
-def check_pictures(data_args: DataArguments, given: set[str]) -> None:
-    """Raise `ValueError` for a folder of pictures that is not there."""
-    if FOLDER[0] in given and not Path(data_args.dataset_name).is_dir():
-        raise ValueError(
-            f"There is no folder {data_args.dataset_name}: give a folder with one folder of pictures per class, or a "
-            "dataset on the Hub with --dataset_name."
         )
 
 
@@ -213,7 +203,7 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     model_args, data_args, args, quantization, qat_config = options
     check_options(args, quantization, qat_config)
-    check_pictures(data_args, given)
+    check_picture_folder(data_args, given)
     check_source(model_args.model_name_or_path, model_args.dequantize)
     resume = resume_place(args.resume_from_checkpoint)
     accelerator = start_accelerator(args, quantization)

@@ -35,10 +35,9 @@ from repvgg_hf.training.batches import calibration_images, collate
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, load_evaluation_split
 from repvgg_hf.training.models import build_processor, dequantize_field, load_float
 from repvgg_hf.training.report import quantization_fields, write_json
-from repvgg_hf.training.splits import DataArguments, load_splits
+from repvgg_hf.training.splits import FOLDER, DataArguments, check_picture_folder, load_splits
 from repvgg_hf.training.sweep_report import accuracy_fields, choose, sweep_table, training_helps, waste, why
 
-FOLDER = ("folder", "Pictures: one folder per class, or such folders in train/ and val/.", "dataset_name")
 # what calibration adds, in this order, and what each is when it is off
 STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False}
 
@@ -271,11 +270,7 @@ def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, against
 
 def check_options(args: QuantizeArguments, data_args: DataArguments, given: set[str]) -> None:
     """Raise `ValueError` for a folder that is not there, `ImportError` if plots are asked for without matplotlib."""
-    if FOLDER[0] in given and not Path(data_args.dataset_name).is_dir():
-        raise ValueError(
-            f"There is no folder {data_args.dataset_name}: give a folder with one folder of pictures per class, or a "
-            "dataset on the Hub with --dataset_name."
-        )
+    check_picture_folder(data_args, given)
     try:
         if args.plot:
             import_matplotlib()  # or it would be missed at the end

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
+from repvgg_hf.analysis.uncertainty import wilson_interval
 from repvgg_hf.training.arguments import parse_given
 from repvgg_hf.training.batches import collate, evaluation_data, training_data
 from repvgg_hf.training.checkpoints import check_finite, resume_place
@@ -35,7 +36,7 @@ from repvgg_hf.training.data_defaults import (
 )
 from repvgg_hf.training.data_report import describe_data, find_concerns
 from repvgg_hf.training.early_stopping import EarlyStopping
-from repvgg_hf.training.metrics import trainer_accuracies, wilson_interval
+from repvgg_hf.training.metrics import trainer_accuracies
 from repvgg_hf.training.mixing import MixedBatches
 from repvgg_hf.training.models import (
     OF_A_NEW_MODEL,
@@ -61,7 +62,7 @@ from repvgg_hf.training.report import write_json
 from repvgg_hf.training.report_files import write_report
 from repvgg_hf.training.run_record import run_record
 from repvgg_hf.training.seeded_batches import SeededBatches
-from repvgg_hf.training.splits import DataArguments, ImageSplit, align_splits, load_splits
+from repvgg_hf.training.splits import FOLDER, DataArguments, ImageSplit, align_splits, check_picture_folder, load_splits
 from repvgg_hf.training.train_arguments import TrainArguments
 from repvgg_hf.training.trainer import ImageTrainer
 from repvgg_hf.training.trainer_checkpoints import (
@@ -72,7 +73,6 @@ from repvgg_hf.training.trainer_checkpoints import (
     training_options,
 )
 
-FOLDER = ("folder", "Pictures: one folder per class, or such folders in train/ and val/.", "dataset_name")
 # options that say which images are evaluated, which the next command needs too
 _DATA = (
     "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "validation_split_name", "train_val_split",
@@ -82,16 +82,15 @@ _DATA = (
 
 def check_options(model_args: SourceArguments, data_args: DataArguments, given: set[str]) -> None:
     """Raise `ValueError` for a source that can't be, and for options that would do nothing beside another one."""
-    if FOLDER[0] in given and not Path(data_args.dataset_name).is_dir():
-        raise ValueError(
-            f"There is no folder {data_args.dataset_name}: give a folder with one folder of pictures per class, or a "
-            "dataset on the Hub with --dataset_name."
-        )
+    check_picture_folder(data_args, given)
     check_pretrained(model_args, given)
     check_source(model_args.model_name_or_path, model_args.dequantize)
     sizes = [name for name in OF_A_NEW_MODEL if name in given and name not in ("variant", "num_channels")]
     if "variant" in given and sizes:
         raise ValueError(f"--variant {model_args.variant} sets all sizes, --{sizes[0]} too: leave one of them out.")
+    for kind in ("save", "eval"):
+        if f"{kind}_steps" in given and f"{kind}_strategy" not in given:
+            raise ValueError(f"--{kind}_steps does nothing without --{kind}_strategy steps: add that, or leave it out.")
     if "validation_dir" in given and "train_val_split" in given:
         raise ValueError("--train_val_split holds out training images, and --validation_dir has others: give one.")
 

@@ -6,8 +6,6 @@ metrics, and cannot be imported in a process that runs `recipes/evaluate.py`, wh
 
 import numpy as np
 
-from repvgg_hf.analysis.uncertainty import wilson_interval as wilson_interval
-
 
 def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The shares of images, in percent, whose label is the model's first guess and among its first five.

@@ -5,7 +5,7 @@ import time
 
 from transformers import TrainerCallback
 
-from repvgg_hf.training.metrics import wilson_interval
+from repvgg_hf.analysis.uncertainty import wilson_interval
 
 
 class ProgressLines(TrainerCallback):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from repvgg_hf.training.metrics import wilson_interval
+from repvgg_hf.analysis.uncertainty import wilson_interval
 from repvgg_hf.training.report_page import page_of
 from repvgg_hf.training.report_picture import draw_report
 from repvgg_hf.training.run_report import make_report

@@ -1,5 +1,6 @@
 """A training's report as one image, for which it needs matplotlib."""
 
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def draw_report(report: RunReport, path: Path) -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = matplotlib.figure.Figure(figsize=(10, 2.6 + size + 1.9 * rows), layout="constrained")
         parts = figure.subfigures(2 + bool(rows), 1, height_ratios=[2.6, size, 1.9 * rows][: 2 + bool(rows)])
-        figure.suptitle(_wrapped(report.sentence), fontsize=10)
+        figure.suptitle(textwrap.fill(report.sentence.replace("$", r"\$"), 110), fontsize=10)
         _draw_course(report, parts[0].subplots(1, 2))
         _draw_matrix(report, parts[1].subplots())
         if rows:
@@ -72,12 +73,3 @@ def _draw_worst(report: RunReport, axes) -> None:
 def _short(name: str) -> str:
     name = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
     return name.replace("$", r"\$")
-
-
-def _wrapped(text: str, width: int = 110) -> str:
-    lines = [""]
-    for word in text.replace("$", r"\$").split():
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += word + " "
-    return "\n".join(lines)

@@ -14,6 +14,10 @@ AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop_flip", "photo")
 HELD_OUT = ("validation", "test", "valid", "val")  # what a split to evaluate on is called, the first that is there
 
 
+# what a command's first argument without a name is: see OptionParser
+FOLDER = ("folder", "Pictures: one folder per class, or such folders in train/ and val/.", "dataset_name")
+
+
 @dataclass
 class DataArguments:
     """Which images to use, named as in Transformers' `run_image_classification.py`."""
@@ -96,6 +100,15 @@ class DataArguments:
             )
         if not folders and self.dataset_name is None:
             self.dataset_name = "digits"
+
+
+def check_picture_folder(args: DataArguments, given: set[str]) -> None:
+    """Raise `ValueError` if a folder of pictures is among the options that were `given`, and is not there."""
+    if FOLDER[0] in given and not Path(args.dataset_name).is_dir():
+        raise ValueError(
+            f"There is no folder {args.dataset_name}: give a folder with one folder of pictures per class, or a "
+            "dataset on the Hub with --dataset_name."
+        )
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,11 @@ def test_sizes_beside_a_checkpoint_are_refused(photos, trained, tmp_path, option
         call(photos, "--model_name_or_path", trained[0], *option.split(), "--output_dir", tmp_path)
 
 
+def test_steps_without_their_strategy_are_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="--save_steps does nothing without --save_strategy steps"):
+        call(photos, "--save_steps", "0.2", "--output_dir", tmp_path)
+
+
 def test_sizes_beside_a_variant_are_refused(photos, tmp_path):
     with pytest.raises(ValueError, match="--variant a0 sets all sizes, --depths too"):
         call(photos, "--variant", "a0", "--depths", "1", "--output_dir", tmp_path)

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import top_k_accuracy_score
 
-from repvgg_hf.training.metrics import accuracies, trainer_accuracies, wilson_interval
+from repvgg_hf.analysis.uncertainty import wilson_interval
+from repvgg_hf.training.metrics import accuracies, trainer_accuracies
 
 
 def test_against_scikit_learn():
