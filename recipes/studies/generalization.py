@@ -87,7 +87,13 @@ def study_network(name: str, norm: str, data: dict, args: GeneralizationArgument
     set_seed(args.seed)
     model = build_network(BLOCKS[name], data["classes"])
     example = data["validation"][0]["pixel_values"][None]
-    record = {"network": name, "norm": norm, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    record = {
+        "network": name,
+        "norm": norm,
+        "epochs": args.num_train_epochs,
+        "bf16": args.bf16,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
     if norm == "OABN":
         report = repvgg_hf.add_oabn(model, example, args.oabn_threshold)
         record["bounded_branches"] = sum(len(branches.others) for branches in report.bounded)
@@ -120,26 +126,26 @@ def median(values: list[float]) -> float:
     return torch.tensor(values).median().item()
 
 
-def markdown(records: list[dict], args: GeneralizationArguments) -> str:
+def markdown(records: list[dict], seed: int) -> str:
     """The study's table."""
     columns = ["float", *(f"{method} W{bits}" for method in METHODS for bits in BITS)]
     lines = [
-        f"{args.num_train_epochs} epochs on CIFAR-10, seed {args.seed}; top-1 in percent, weights quantized per tensor "
-        "without retraining. Kurtosis is the median over the kernels, and the largest.",
+        f"CIFAR-10, seed {seed}; top-1 in percent on held-out images, weights quantized per tensor without "
+        "retraining. Kurtosis is the median over the kernels, and the largest.",
         "",
-        "| network | norm | kurtosis before fusing | fused | " + " | ".join(columns) + " |",
-        "|---|---|---|---|" + "---|" * len(columns),
+        "| network | norm | epochs | kurtosis before fusing | fused | " + " | ".join(columns) + " |",
+        "|---|---|---|---|---|" + "---|" * len(columns),
     ]
     for record in records:
         tails = [[kernel["kurtosis"] for kernel in record[key]] for key in ("kernels_before", "kernels_fused")]
         tails = " | ".join(f"{median(values):.1f}, {max(values):.0f}" for values in tails)
         accuracies = " | ".join(f"{record['top1'][column]:.2f}" for column in columns)
-        lines.append(f"| {record['network']} | {record['norm']} | {tails} | {accuracies} |")
+        lines.append(f"| {record['network']} | {record['norm']} | {record['epochs']} | {tails} | {accuracies} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    (data_args, args), arguments = parse_arguments((DataArguments, GeneralizationArguments), arguments)
+    (data_args, args), _ = parse_arguments((DataArguments, GeneralizationArguments), arguments)
     check_networks(args.networks)
     splits = load_splits(data_args, seed=args.seed)
     processor = make_processor(data_args.image_size or 32)
@@ -153,10 +159,10 @@ def main(arguments: list[str] | None = None) -> dict:
         for norm in ("BN", "OABN") if has_bounds(name, data["validation"][0]["pixel_values"][None]) else ("BN",):
             path = Path(args.output_dir) / f"{name.lower()}-{norm.lower()}-{args.seed}.json"
             if not path.exists():
-                write_json(path, {"command": arguments, **study_network(name, norm, data, args)})
+                write_json(path, study_network(name, norm, data, args))
             records.append(json.loads(path.read_text(encoding="utf-8")))
-    table = markdown(records, args)
-    joined = {"recipe": "recipes/studies/generalization.py", "command": arguments, "networks": records}
+    table = markdown(records, args.seed)
+    joined = {"recipe": "recipes/studies/generalization.py", "seed": args.seed, "networks": records}
     write_json(args.output_json, joined)
     Path(args.output_json).with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)

@@ -1,6 +1,7 @@
 """Files of quantized networks that are plain `nn.Module`s, which have no `save_pretrained`."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -65,13 +66,15 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_quantized(model: nn.Module, folder: str | Path, decode: str | None = None) -> nn.Module:
     """Load what [`save_quantized`] has put into a `folder` into a float `model`, in place; returns it in eval mode.
 
     Args:
         model (`nn.Module`): a fresh float network of the architecture that was quantized, before it was fused; its
             weights don't matter.
         folder (`str` or `Path`): where the files are.
+        decode (`str`, *optional*): when weights are decoded, `"at_load"` or `"on_the_fly"`, see [`ClusterConfig`]; as
+            the model was saved unless given.
 
     Everything is checked before the model is changed: names, dtypes, shapes and a checksum over the tensors' bytes and
     the configuration. Raises `ValueError` naming the file and the tensor that is wrong, missing or too many.
@@ -85,9 +88,10 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     finish(folder)
     config = _read_config(folder)
+    here = config if decode is None else dataclasses.replace(config, decode=decode)  # saved again as it was
     loaded = _check_files(model, config, folder / WEIGHTS)
     rebuild_structure(model, config)
-    replace_with_cluster_layers(model, config)
+    replace_with_cluster_layers(model, here)
     model.load_state_dict(loaded)
     model.quantization_config, model.is_quantized = config, True
     return model.eval()

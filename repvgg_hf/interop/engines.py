@@ -111,10 +111,12 @@ class Engine:
             images: float32 `[images, channels, height, width]`, or pictures if it `takes_pictures`. Of a file with a
                 fixed number of images, any number: they are cut into as many, and the last ones filled up.
 
-        Raises `ValueError` for images of another shape or dtype, or that the engine fails on.
+        Raises `ValueError` for images of another shape or dtype, with values that are not finite, or that the engine
+        fails on.
         """
         array = _as_array(images, self.path)
         self.ends.require_fitting(array, self.path)
+        _require_finite(array, self.path)
         size = self.ends.image.shape[0]
         try:
             return self.run(array) if size is None else self._run_in_parts(array, size)
@@ -141,6 +143,19 @@ def _as_array(images: np.ndarray | torch.Tensor, path: Path) -> np.ndarray:
         return np.ascontiguousarray(images)
     except ValueError as error:  # a list of images of several sizes
         raise ValueError(f"The images for {path} are no array ({error}): pass those of one size together.") from error
+
+
+def _require_finite(array: np.ndarray, path: Path) -> None:
+    """Raise `ValueError` for NaN or infinity, which integers can't hold: engines give logits that look plausible."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        if np.isfinite(array.sum()):  # one pass that allocates nothing; the other is for who needs it
+            return
+    broken = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
+    if len(broken):
+        raise ValueError(
+            f"{len(broken)} of {len(array)} images for {path} have pixels that are NaN or infinite, the first of them "
+            f"image {broken[0]}: look at how they were normalized."
+        )
 
 
 def load_engine(path: str | Path, engine: str | None = None, *, threads: int | None = None) -> Engine:

@@ -1,8 +1,7 @@
 """A quantized model as a PyTorch module of quantize and dequantize operations, which engines turn into integer kernels.
 
 The operations are those of `torch.ops.quantized_decomposed`, as PyTorch's own quantization makes them, with the
-checkpoint's integers and scales in them. They multiply by the reciprocal of a scale where the model divides, so that
-one rounding in some thousands falls to the other side.
+checkpoint's integers and scales in them.
 """
 
 import copy

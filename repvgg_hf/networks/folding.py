@@ -1,5 +1,5 @@
 """Folding batch norms into the layers before them that are no convolution of images: linear, one- or three-dimensional,
-transposed.
+transposed; and into linear layers after them.
 
 Such a layer stays what it is, with the norm's scale in its weight and the shift in its bias; the norm becomes an
 identity. A convolution of images takes in more than its norm, see `regions.py`.
@@ -37,48 +37,61 @@ def fold_norms(
     `refused` has the nodes of those that are to be left, with the reason.
     """
     for number, norm in enumerate(graph.recording.nodes):
-        if norm.name != "batch_norm" or uses_batch_statistics(norm) or not norm.modules:
+        if norm.name != "batch_norm" or uses_batch_statistics(norm) or not norm.modules or len(norm.inputs) != 1:
             continue
-        before = norm.inputs[0] if len(norm.inputs) == 1 else None
-        layer = graph.recording.nodes[before] if before is not None else None
-        if layer is not None and layer.name in _LAYERS and layer.modules and before not in graph.operations:
-            nodes = frozenset((before, number))
-            yield nodes, _fold(graph, placement, before, number, tolerance, refused.get(nodes))
+        before, after = norm.inputs[0], min(norm.users & graph.live, default=OUTSIDE)
+        if _takes_norms(graph, before, tuple(_LAYERS)):
+            chosen = before
+        elif after != OUTSIDE and _takes_norms(graph, after, ("linear",)):
+            chosen = after
+        else:
+            continue
+        nodes = frozenset((chosen, number))
+        yield nodes, _fold(graph, placement, chosen, number, tolerance, refused.get(nodes))
+
+
+def _takes_norms(graph: Graph, number: int, layers: tuple[str, ...]) -> bool:
+    node = graph.recording.nodes[number]
+    return node.name in layers and bool(node.modules) and number not in graph.operations
 
 
 def _fold(
-    graph: Graph, placement: Placement, before: int, number: int, tolerance: float, reason: str | None
+    graph: Graph, placement: Placement, place: int, number: int, tolerance: float, reason: str | None
 ) -> Found | FusedRegion:
-    layer, norm = (graph.recording.nodes[place] for place in (before, number))
+    """Fold the norm at `number` into the layer at `place`, before or after it."""
+    layer, norm = graph.recording.nodes[place], graph.recording.nodes[number]
     names = (layer.modules[-1], norm.modules[-1])
-    reason = reason or _reason_to_leave(graph, placement, before, number)
+    parts = names if place < number else names[::-1]
+    reason = reason or _reason_to_leave(graph, placement, place, number)
     if reason is not None:
-        return FusedRegion(names[0], names, left=reason)
-    folded = _folded(graph, layer, norm, placement.modules[names[0]])
-    error = _error(graph, layer, norm, folded)
+        return FusedRegion(names[0], parts, left=reason)
+    folded = _folded(graph, layer, norm, placement.modules[names[0]], before=place < number)
+    error = _error(graph, *((layer, norm) if place < number else (norm, layer)), folded)
     if not error <= tolerance:
         reason = f"the folded layer differs from both by {error:.1e} in float64, more than {tolerance:.0e}"
-        return FusedRegion(names[0], names, "closed form", error, reason)
+        return FusedRegion(names[0], parts, "closed form", error, reason)
     like = placement.modules[names[0]].weight
     entries = [{"name": names[0], "kind": "biased"}, {"name": names[1], "kind": "identity"}]
     for name in names:
         others = [other for other in placement.names[id(placement.modules[name])] if other != name]
         entries += [{"name": other, "kind": "alias", "of": name} for other in others]
-    region = FusedRegion(names[0], names, "closed form", error)
+    region = FusedRegion(names[0], parts, "closed form", error)
     folded = folded.to(like.device, like.dtype).train(placement.modules[names[0]].training)
     folded.weight.requires_grad_(like.requires_grad)
-    return Found(frozenset((before, number)), layer.inputs[0], region, entries, folded)
+    source = graph.recording.nodes[min(place, number)].inputs[0]
+    return Found(frozenset((place, number)), source, region, entries, folded)
 
 
-def _reason_to_leave(graph: Graph, placement: Placement, before: int, number: int) -> str | None:
-    layer, norm = (graph.recording.nodes[place] for place in (before, number))
-    if layer.users & (graph.live | {OUTSIDE}) != {number}:
-        return f"what {layer.modules[-1]} gives is used elsewhere as well"
+def _reason_to_leave(graph: Graph, placement: Placement, place: int, number: int) -> str | None:
+    layer, norm = graph.recording.nodes[place], graph.recording.nodes[number]
+    first = layer if place < number else norm
+    if first.users & (graph.live | {OUTSIDE}) != {max(place, number)}:
+        return f"what {first.modules[-1]} gives is used elsewhere as well"
     if layer.name == "linear" and len(layer.shape) != 2:
         return "the norm is over another dimension than the layer's features"
     if layer.name != "linear" and len(layer.shape) != int(layer.name[-2]) + 2:
         return "its input is no batch, so that the norm is over another dimension than the layer's channels"
-    for node, result, kinds in ((layer, before, _LAYERS[layer.name]), (norm, number, nn.modules.batchnorm._BatchNorm)):
+    for node, result, kinds in ((layer, place, _LAYERS[layer.name]), (norm, number, nn.modules.batchnorm._BatchNorm)):
         name = node.modules[-1]
         module, calls = placement.modules[name], placement.calls[name]
         for outer in node.modules:
@@ -89,19 +102,26 @@ def _reason_to_leave(graph: Graph, placement: Placement, before: int, number: in
             return f"{name} is a {type(module).__name__}, which may do more than a plain {kinds.__name__.strip('_')}"
         if any(placement.owners[id(tensor)] > 1 for tensor in module._parameters.values() if tensor is not None):
             return f"{name} shares a weight with another module"
-        reason = placement.reason_to_keep(name, module, frozenset((before, number)))
+        reason = placement.reason_to_keep(name, module, frozenset((place, number)))
         if reason is not None:
             return reason
     return None
 
 
-def _folded(graph: Graph, layer: Node, norm: Node, module: nn.Module) -> nn.Module:
-    """Return a copy of the layer in float64, on the CPU, with what the norm does in its weight and bias."""
+def _folded(graph: Graph, layer: Node, norm: Node, module: nn.Module, before: bool) -> nn.Module:
+    """Return a copy of the layer in float64, on the CPU, with what the norm does in its weight and bias.
+
+    The layer is `before` the norm, or is linear and after it.
+    """
     folded = with_bias(copy.deepcopy(module).to("cpu", torch.float64))
     channels = norm.shape[1]
     probes = [torch.full((1, channels, *[1] * (len(norm.shape) - 2)), value, dtype=torch.float64) for value in (0, 1)]
     shift, one = (run(graph.recording, norm, lambda number, x=x: x).flatten() for x in probes)
     scale = one - shift
+    if not before:
+        folded.bias.data += folded.weight.data @ shift
+        folded.weight.data *= scale
+        return folded
     if isinstance(module, _TRANSPOSED):  # [in, out / groups, ...]
         weight = folded.weight.data.unflatten(0, (module.groups, -1))
         weight *= scale.view(module.groups, 1, -1, *[1] * (weight.dim() - 3))
@@ -111,12 +131,13 @@ def _folded(graph: Graph, layer: Node, norm: Node, module: nn.Module) -> nn.Modu
     return folded
 
 
-def _error(graph: Graph, layer: Node, norm: Node, folded: nn.Module) -> float:
-    """Return the largest difference between layer and norm and the folded layer, relative to the largest output."""
-    source = graph.recording.nodes[layer.inputs[0]]
+def _error(graph: Graph, first: Node, second: Node, folded: nn.Module) -> float:
+    """Return the largest difference between a layer and a norm in a row and the folded layer, by the largest output."""
+    source = graph.recording.nodes[first.inputs[0]]
     x = torch.randn(source.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = run(graph.recording, layer, lambda number: x)
-    expected = run(graph.recording, norm, lambda number: y)
+    y = run(graph.recording, first, lambda number: x)
+    expected = run(graph.recording, second, lambda number: y)
+    layer = second if first.name == "batch_norm" else first
     args = (x, folded.weight, folded.bias, *layer.args[3:])
     kwargs = {key: value for key, value in layer.kwargs.items() if key not in ("input", "weight", "bias")}
     difference = (layer.function(*args, **kwargs) - expected).abs().max()

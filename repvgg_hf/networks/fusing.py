@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branch
     scales, shifts) and sums have one source and one result, and one convolution costs no more, that convolution takes
     their place: this folds batch norms, and fuses the branches of RepVGG, MobileOne, RepViT, FastViT, ACB, DBB and the
     like, whoever's code it is. Batch norms right behind linear, transposed, one- and three-dimensional layers are
-    folded into these.
+    folded into these, and those right before a linear layer.
 
     Args:
         model (`nn.Module`): in eval mode, in memory, not quantized. A RepVGG of this package is fused by its own
@@ -160,10 +161,24 @@ def _find(
         if isinstance(fold, Found) and not nodes & used:
             used |= nodes
             found.append((max(nodes), fold))
-        elif isinstance(fold, FusedRegion):
-            left.setdefault(max(nodes), (nodes, fold))
+        else:
+            why = f"{fold.region.name} takes in another norm: fuse once more" if isinstance(fold, Found) else None
+            report = fold if why is None else dataclasses.replace(fold.region, method=None, error=None, left=why)
+            left.setdefault(max(nodes), (nodes - used, report))
+    for number, norm in _lone_norms(graph, used.union(*(nodes for nodes, _ in left.values()))):
+        left[number] = (frozenset((number,)), norm)
     found.sort(key=lambda entry: entry[0])
     return [entry for _, entry in found], [entry for nodes, entry in left.values() if not nodes <= used]
+
+
+def _lone_norms(graph: Graph, seen: set[int]) -> Iterator[tuple[int, FusedRegion]]:
+    """Yield the numbers and reports of batch norms that are in no region, `seen`: they follow no layer directly."""
+    for number, node in enumerate(graph.recording.nodes):
+        lone = node.name == "batch_norm" and node.modules and number in graph.live and number not in seen
+        if lone and not uses_batch_statistics(node):
+            source = graph.recording.nodes[node.inputs[0]].name if node.inputs else ""
+            why = f"it follows {f'{source}()' if source else 'an input'}, no layer that could take it in"
+            yield number, FusedRegion(node.modules[-1], (node.modules[-1],), left=why)
 
 
 def _compute(

@@ -157,6 +157,17 @@ class TestTangled:
         assert torch.equal(loaded(x), tangled(x))
         assert loaded.first.on_the_fly == (decode == "on_the_fly")
 
+    def test_when_to_decode_is_chosen_on_loading(self, tangled, tmp_path):
+        x = image(tangled.first)
+        repvgg_hf.save_quantized(repvgg_hf.quantize(tangled, bits=3), tmp_path / "first")
+        loaded = repvgg_hf.load_quantized(Tangled(), tmp_path / "first", decode="on_the_fly")
+        assert loaded.first.on_the_fly and torch.equal(loaded(x), tangled(x))
+        repvgg_hf.save_quantized(loaded, tmp_path / "again")  # as it was
+        for path in (tmp_path / "first").iterdir():
+            assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+        with pytest.raises(ValueError, match="decode must be one of at_load, on_the_fly, got 'lazy'"):
+            repvgg_hf.load_quantized(Tangled(), tmp_path / "first", decode="lazy")
+
     def test_either_name_chooses(self, tangled):
         repvgg_hf.quantize(tangled, bits=4, bits_overrides={"again.0": 7}, modules_to_not_convert=["tied.1"])
         assert tangled.twice.bits == 7 and type(tangled.tied[1]) is nn.Linear

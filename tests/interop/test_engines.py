@@ -107,6 +107,17 @@ def test_a_fixed_number_of_images(images, tmp_path):
         engine(images[:2, :, :, :8])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite(images, tmp_path, value):
+    engine = load_engine(export_onnx(trained(), tmp_path))
+    images = images[:3].copy()
+    images[1, 0, 2, 3] = value
+    with pytest.raises(ValueError, match=r"^1 of 3 images for .*model_q4.onnx have pixels that are NaN .* image 1:"):
+        engine(images)
+    images[1] = np.finfo(np.float32).max  # whose sum is infinite
+    assert np.isfinite(engine(images)).all()
+
+
 def test_a_file_that_prepares_pictures(checkpoint, tmp_path):
     model = RepVGGForImageClassification.from_pretrained(checkpoint).eval()
     engine = load_engine(export_onnx(model, tmp_path, preprocess=checkpoint))

@@ -36,8 +36,8 @@ def run_integers(model, pixels: torch.Tensor) -> torch.Tensor:
     layers = list(integer_layers(model).values())
 
     def quantize(x, scale, zero_point):
-        scale = torch.tensor(scale, dtype=torch.float32)
-        return ((x / scale).round() + zero_point).clamp(0, 2 ** layers[0].activation_bits - 1).long() - zero_point
+        highest, step = 2 ** layers[0].activation_bits - 1, torch.tensor(scale, dtype=torch.float32)
+        return ((x * step.reciprocal()).round() + zero_point).clamp(0, highest).long() - zero_point
 
     def scaled(sums, layer):
         return sums.float() * layer.bias_scale.view(-1, *[1] * (sums.dim() - 2))

@@ -1,4 +1,4 @@
-"""Batch norms behind linear, one-dimensional, transposed and other layers: folded into them, or left with a reason."""
+"""Batch norms next to linear, one-dimensional, transposed and other layers: folded into them, or left with a reason."""
 
 import copy
 
@@ -47,6 +47,30 @@ def test_a_norm_behind_a_layer_is_folded(kind, tmp_path):
         repvgg_hf.save_quantized(repvgg_hf.quantize(model, bits=8), tmp_path)
         loaded = repvgg_hf.load_quantized(copy.deepcopy(fresh), tmp_path)
         assert torch.equal(loaded(x), model(x))
+
+
+def test_a_norm_before_a_linear_layer_is_folded(tmp_path):
+    torch.manual_seed(0)
+    fresh = with_statistics(nn.BatchNorm1d(6), nn.Linear(6, 8, bias=False), nn.ReLU())
+    model, x = copy.deepcopy(fresh), torch.randn(3, 6)
+    report = repvgg_hf.fuse(model, x)
+    (region,) = report.regions
+    assert region.left is None and region.parts == ("0", "1") and region.error < 1e-14 and report.layers_after == 1
+    torch.testing.assert_close(model(x), fresh(x))
+    repvgg_hf.save_quantized(repvgg_hf.quantize(model, bits=8), tmp_path)
+    loaded = repvgg_hf.load_quantized(copy.deepcopy(fresh), tmp_path)
+    assert torch.equal(loaded(x), model(x)) and type(loaded[0]) is nn.Identity
+
+
+def test_of_two_norms_next_to_a_layer_one_is_left_for_the_next_time():
+    torch.manual_seed(0)
+    model, x = with_statistics(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8)), torch.randn(3, 6)
+    expected = model(x)
+    first = repvgg_hf.fuse(model, x)
+    assert len(first.fused) == 1 and "1 takes in another norm: fuse once more" in first.left[0].left
+    second = repvgg_hf.fuse(model, x)
+    assert len(second.fused) == 1 and not second.left and second.layers_after == 1
+    torch.testing.assert_close(model(x), expected)
 
 
 class Twice(nn.Module):
@@ -99,6 +123,18 @@ def hooked_backward() -> nn.Module:
     return norm
 
 
+class Flattened(nn.Module):
+    """A norm of a sequence's features, as LeViT has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
 def hooked() -> nn.Module:
     layer = nn.Linear(6, 6)
     layer.register_forward_hook(lambda module, args, output: None)
@@ -117,6 +153,8 @@ def hooked() -> nn.Module:
         (ReadsAgain, (3, 6), "the model reads 0.layer.weight elsewhere as well, by matmul() in 0"),
         (AsksForBias, (3, 6), "the model is another: it computes mul() in 0"),
         (lambda: nn.Sequential(nn.Conv1d(6, 7, 3), nn.BatchNorm1d(7)), (6, 9), "its input is no batch"),
+        (Flattened, (3, 4, 6), "it follows flatten(), no layer"),
+        (lambda: nn.BatchNorm1d(6), (3, 6), "it follows an input, no layer"),
     ],
     ids=[
         "twice",
@@ -128,6 +166,8 @@ def hooked() -> nn.Module:
         "weight",
         "bias",
         "no batch",
+        "flattened",
+        "input",
     ],  # fmt: skip
 )
 def test_what_cannot_be_folded_is_left_with_a_reason(make, shape, reason):

@@ -221,11 +221,11 @@ def test_repr_says_what_a_layer_holds():
     )
 
 
-def onnx_rounding(x, scale: float, zero_point: int, bits: int) -> np.ndarray:
-    """DequantizeLinear(QuantizeLinear(x)) of ONNX for float32: divide, round halves to even, add, saturate."""
+def rounding_by_hand(x, scale: float, zero_point: int, bits: int) -> np.ndarray:
+    """Quantize and dequantize in float32: multiply by the reciprocal, round halves to even, add, saturate."""
     scale = np.float32(scale)
     with np.errstate(over="ignore"):  # infinity saturates like any large number
-        integers = np.clip(np.rint(np.asarray(x, np.float32) / scale) + zero_point, 0, 2**bits - 1)
+        integers = np.clip(np.rint(np.asarray(x, np.float32) * (1 / scale)) + zero_point, 0, 2**bits - 1)
     return (integers - zero_point).astype(np.float32) * scale
 
 
@@ -235,23 +235,24 @@ RANGES = [(8, 0.25, 0), (8, 0.1, 114), (4, 0.3, 0), (2, 1 / 3, 3), (8, 1e-38, 25
 class TestActivations:
     @pytest.mark.parametrize(("bits", "scale", "zero_point"), RANGES, ids=str)
     @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=lambda dtype: str(dtype)[6:])
-    def test_rounding_is_that_of_onnx(self, bits, scale, zero_point, dtype):
+    def test_rounding(self, bits, scale, zero_point, dtype):
         integers = np.arange(-300, 300, dtype=np.float32)
         halves = (integers + np.float32(0.5)) * np.float32(scale)
         noise = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * scale * 2**bits
         extremes = np.array([0, -0.0, 1e30, -1e30, np.inf, -np.inf], np.float32)
         x = torch.from_numpy(np.concatenate([integers * np.float32(scale), halves, noise, extremes])).to(dtype)
-        expected = onnx_rounding(x.float().numpy(), scale, zero_point, bits)
+        expected = rounding_by_hand(x.float().numpy(), scale, zero_point, bits)
         rounded = fake_quantize(x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8), bits)
         assert rounded.dtype == dtype
         assert torch.equal(rounded, torch.from_numpy(expected).to(dtype))
 
-    def test_it_differs_from_the_reciprocal(self):
-        """Or the test above could be passed by PyTorch's own, whose rounding is not that of the engines."""
+    def test_rounding_is_that_of_pytorch(self):
+        """And not that of a quotient, which differs near halves: the engines' kernels multiply."""
         scale = torch.tensor(0.3)
         x = (torch.arange(255) + 0.5) * scale
         ours = fake_quantize(x, scale, torch.tensor(0, dtype=torch.uint8), 8)
-        assert not torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, scale.item(), 0, 0, 255))
+        assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, scale.item(), 0, 0, 255))
+        assert not torch.equal(ours, (x / scale).round() * scale)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
     @LAYERS
@@ -259,7 +260,7 @@ class TestActivations:
         quantized, contents = random_layer(layer, activation_bits=4)
         quantized.to(dtype).set_input_range(0.2, 5)
         x = inputs(layer, dtype)
-        rounded = torch.from_numpy(onnx_rounding(x.float().numpy(), 0.2, 5, 4)).to(dtype)
+        rounded = torch.from_numpy(rounding_by_hand(x.float().numpy(), 0.2, 5, 4)).to(dtype)
         assert 10 < len(rounded.unique()) <= 16
         assert torch.equal(quantized(x), float_layer(layer, decode_by_hand(*contents), dtype)(rounded))
 
@@ -269,7 +270,7 @@ class TestActivations:
         quantized.set_input_range(0.05, 100)
         x = inputs(layer)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = torch.from_numpy(onnx_rounding(x.numpy(), 0.05, 100, 8))
+            rounded = torch.from_numpy(rounding_by_hand(x.numpy(), 0.05, 100, 8))
             expected = float_layer(layer, decode_by_hand(*contents))(rounded)
             assert torch.equal(quantized(x), expected) and expected.dtype == torch.bfloat16
 
@@ -318,7 +319,7 @@ class TestActivations:
         quantized.set_output_range(0.7, 9)
         quantized.check("head")
         y = plain(inputs(layer, dtype)).detach()
-        rounded = torch.from_numpy(onnx_rounding(y.float().numpy(), 0.7, 9, 4)).to(dtype)
+        rounded = torch.from_numpy(rounding_by_hand(y.float().numpy(), 0.7, 9, 4)).to(dtype)
         assert 8 < len(rounded.unique()) <= 16 and not torch.equal(rounded, y)
         assert torch.equal(quantized(inputs(layer, dtype)), rounded)
         quantized.output_zero_point.fill_(16)

@@ -18,7 +18,7 @@ class _QuantizeInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, unit, highest):
-        integers = (x.float() / scale).round_().add_(zero_point).clamp_(0, highest).sub_(zero_point)
+        integers = (x.float() * scale.reciprocal()).round_().add_(zero_point).clamp_(0, highest).sub_(zero_point)
         ctx.save_for_backward(x, scale, zero_point, unit)
         ctx.highest = highest
         return integers.mul_(scale).to(x.dtype)
@@ -26,7 +26,7 @@ class _QuantizeInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, scale, zero_point, unit = ctx.saved_tensors
-        values = x.float() / scale
+        values = x.float() * scale.reciprocal()
         integers = values.round().clamp_(-zero_point, ctx.highest - zero_point)
         residual = integers - values
         inside = residual.abs() <= 0.5
