@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import repvgg_hf
-from repvgg_hf.analysis.kernels import tail_figures
 from repvgg_hf.recipes.studies.branch_networks import BLOCKS, build_network
+from repvgg_hf.recipes.studies.shared import tails_of_convolutions
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.batches import collate, evaluation_data, training_data
 from repvgg_hf.training.loop import PhaseArguments, train_phase
@@ -75,13 +75,6 @@ def accuracy(model: nn.Module, data, batch_size: int) -> float:
     return 100 * right / len(data)
 
 
-def kernels(model: nn.Module) -> list[dict]:
-    """The tails of the kernels that are larger than one pixel or mix channels: depthwise pointwise ones are scales."""
-    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    weights = {name: module.weight.detach() for name, module in convolutions.items() if module.weight[0].numel() > 1}
-    return [{"name": name, **tail_figures(weight)} for name, weight in weights.items()]
-
-
 def study_network(name: str, norm: str, data: dict, args: GeneralizationArguments) -> dict:
     """Train one network with `norm`, "BN" or "OABN", and return its figures."""
     set_seed(args.seed)
@@ -104,9 +97,9 @@ def study_network(name: str, norm: str, data: dict, args: GeneralizationArgument
     )  # fmt: skip
     model = model.to("cpu").eval()
     model.state_dict()  # bounds hold for the statistics at the end
-    record["kernels_before"] = kernels(model)
+    record["kernels_before"] = tails_of_convolutions(model)
     repvgg_hf.fuse(model, example)
-    record["kernels_fused"] = kernels(model)
+    record["kernels_fused"] = tails_of_convolutions(model)
     record["top1"] = {"float": accuracy(model, data["validation"], args.per_device_eval_batch_size)}
     for method, bits in product(METHODS, BITS):
         quantized = repvgg_hf.quantize(copy.deepcopy(model), method, bits)

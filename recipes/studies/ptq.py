@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from repvgg_hf.analysis import bits_per_weight
+from repvgg_hf.analysis import bits_per_weight, kernel_report
 from repvgg_hf.compression.ptq.config import CalibrationConfig
 from repvgg_hf.recipes.peers import PeerMethod, peer_methods
-from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkpoints
+from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkpoints, tails_of_convolutions
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.batches import calibration_images, evaluation_data
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model
@@ -44,8 +44,11 @@ METHODS = {
     "k-means, channel, + bias correction": (CHANNEL, {}),
     "k-means, tensor and scale, calibrated": ({}, {}),
 }
-ACTIVATIONS = {"W4A8": {"bits": 4, "activation_bits": 8}, "W4A4": {"bits": 4, "activation_bits": 4}}
-TARGETS = (2.5, 3.2)  # bits per weight, mixed precision
+ACTIVATIONS = {
+    name: {"bits": bits, "activation_bits": activation_bits}
+    for name, bits, activation_bits in (("W8A8", 8, 8), ("W4A8", 4, 8), ("W4A4", 4, 4))
+}
+TARGETS = (2.33, 2.5, 3.2)  # bits per weight, mixed precision
 
 
 @dataclass
@@ -58,12 +61,23 @@ class PTQStudyArguments:
     bits: list[int] = field(
         default_factory=lambda: [8, 6, 5, 4, 3, 2], metadata={"help": "Bits of a weight's code, 1 to 8; several."}
     )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Lines of the tables: {'; '.join(METHODS)}."}
+    )
+    others: bool = field(
+        default=True, metadata={"help": "Lines with quantized activations and of mixed precision, too."}
+    )
     dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call the dataset in the tables."})
     peers: list[str] = field(default_factory=list, metadata={"help": "Libraries to compare with: coremltools, nncf."})
     calibration_images: int = field(default=512, metadata={"help": "Training images, without labels, to calibrate on."})
     output_json: str = field(
         default="outputs/ptq_study/ptq.json", metadata={"help": "File for the figures; their tables go beside it."}
     )
+
+    def __post_init__(self):
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"--methods must be of {'; '.join(METHODS)}, got {name!r}.")
 
 
 @dataclass
@@ -98,6 +112,12 @@ def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
     return {**figures, "bits_per_weight": size, "seconds": seconds}
 
 
+def measure_kernels(folder: str) -> dict[str, list[dict]]:
+    """Return the tails of the checkpoint's kernels, those of its branches and the fused ones."""
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return {"branches": tails_of_convolutions(model), "fused": kernel_report(model)}
+
+
 def ours(title: str, options: dict, calibration: dict | None, images: torch.Tensor) -> Line:
     """The line of our quantization with these `options`, and of `CalibrationConfig` with those of `calibration`."""
     data = {}
@@ -127,10 +147,12 @@ def theirs(library: str, peer: PeerMethod, bits: int, images: torch.Tensor) -> L
 def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, Line]:
     """Every line of the study, by its key in the record."""
     chosen = {"float": Line("float", 32, lambda model: (model, 32.0))}
-    for title, (options, calibration) in METHODS.items():
+    for title in study.methods:
+        options, calibration = METHODS[title]
         chosen |= {f"{title}|{b}": ours(title, options | {"bits": b}, calibration, images) for b in study.bits}
-    chosen |= {title: ours(title, options, {}, images) for title, options in ACTIVATIONS.items()}
-    for target in TARGETS:
+    others = ACTIVATIONS if study.others else {}
+    chosen |= {title: ours(title, options, {}, images) for title, options in others.items()}
+    for target in TARGETS if study.others else ():
         title = f"mixed precision, target {target}"
         chosen[title] = ours(title, {}, {"target_bits_per_weight": target}, images)
     for library in study.peers:
@@ -171,6 +193,8 @@ def main(arguments: list[str] | None = None) -> dict:
             if key not in results:
                 figures = measure(folder, line.quantize, evaluation_set, evaluation_args)
                 results[key] = network | line.row() | figures
+                if key == "float":
+                    results[key]["kernels"] = measure_kernels(folder)
                 print(f"{name}, {key}: top-1 {figures['top1']:.2f}", flush=True)
                 write_json(path, record)
     table = markdown(record)

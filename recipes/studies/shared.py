@@ -5,6 +5,10 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
+from torch import nn
+
+from repvgg_hf.analysis.kernels import tail_figures
+
 
 @dataclass(kw_only=True)
 class StudyArguments:
@@ -59,6 +63,13 @@ def rows_by_network(record: dict) -> dict[str, list[dict]]:
         for row in results.values():
             networks.setdefault(row["network"], []).append(row)
     return networks
+
+
+def tails_of_convolutions(model: nn.Module) -> list[dict]:
+    """The tails of the kernels that are larger than one pixel or mix channels: depthwise pointwise ones are scales."""
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    weights = {name: module.weight.detach() for name, module in convolutions.items() if module.weight[0].numel() > 1}
+    return [{"name": name, **tail_figures(weight)} for name, weight in weights.items()]
 
 
 def mean(rows: list[dict], figure: str = "top1") -> float:

@@ -1,0 +1,140 @@
+"""A study as cells: commands that each leave a JSON file, run once, in the order of what they need.
+
+A cell that has run is `cells/<name>.json` in the study's folder: its command, the versions, the device, the seconds,
+and what the command wrote. Started again, a study goes on with the cells that are missing.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from repvgg_hf.training.report import masked, write_json
+
+PACKAGES = ("repvgg-hf", "torch", "transformers", "datasets", "coremltools", "nncf", "timm")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command of a study.
+
+    Attributes:
+        name: with a path's slashes, such as `cifar10/oabn-0/ptq`.
+        module: below `repvgg_hf.recipes`, such as `train`.
+        options: what it is given; paths are below the study's folder, in which it runs.
+        result: the JSON file that it writes there, if any.
+        needs: names of the cells that must have run.
+        facts: what a report needs to know of it.
+    """
+
+    name: str
+    module: str
+    options: tuple[str, ...]
+    result: str | None = None
+    needs: tuple[str, ...] = ()
+    facts: dict = field(default_factory=dict)
+
+    def path(self, folder: Path) -> Path:
+        """The file of the cell in a study's `folder`."""
+        return folder / "cells" / f"{self.name}.json"
+
+
+def run_cells(cells: Sequence[Cell], folder: Path, parallel: int = 1) -> None:
+    """Run the cells that have not run, so many at once; goes on with others where one fails.
+
+    Raises `RuntimeError` at the end that names those that failed, with their logs.
+    """
+    left = {cell.name: cell for cell in cells if not cell.path(folder).exists()}
+    names = {cell.name for cell in cells}
+    failed: dict[str, str] = {}
+    running = {}
+    with ThreadPoolExecutor(parallel) as pool:
+        while left or running:
+            for name, cell in list(left.items()):
+                waiting = [other for other in cell.needs if other in left or other in running.values()]
+                lost = [other for other in cell.needs if other in failed]
+                if lost:
+                    failed[left.pop(name).name] = f"needs {lost[0]}"
+                elif not waiting and len(running) < parallel:
+                    running[pool.submit(run_cell, left.pop(name), folder)] = name
+            if not running:
+                if left:
+                    raise ValueError(f"{next(iter(left))} needs cells that are not in the study, which has {names}.")
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, error = running.pop(future), future.exception()
+                if error is not None:
+                    failed[name] = str(error)
+    if failed:
+        lines = "\n".join(f"- {name}: {reason}" for name, reason in failed.items())
+        raise RuntimeError(f"{len(failed)} cells failed; started again, the study tries them once more:\n{lines}")
+
+
+def run_cell(cell: Cell, folder: Path) -> None:
+    """Run one cell's command in a process, with its output in `logs/`, and write its file."""
+    log = folder / "logs" / f"{cell.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{cell.name} ...", flush=True)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", f"repvgg_hf.recipes.{cell.module}", *cell.options]
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"$ {shlex.join(masked(command))}\n")
+        output.flush()
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=_environment())
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+        raise RuntimeError(f"exit code {done.returncode}, {last:.300} (all of it in {log})")
+    result = json.loads((folder / cell.result).read_text(encoding="utf-8")) if cell.result else None
+    record = {
+        "cell": cell.name,
+        **cell.facts,
+        "command": masked(["python", "-m", f"repvgg_hf.recipes.{cell.module}", *cell.options]),
+        "versions": _versions(),
+        "device": _device(),
+        "seconds": round(seconds, 1),
+        "result": result,
+    }
+    write_json(cell.path(folder), record)
+    print(f"{cell.name}: {seconds:.0f} s", flush=True)
+
+
+def read_cells(folder: Path) -> list[dict]:
+    """Return the records of all cells that have run, by their names."""
+    paths = sorted((folder / "cells").rglob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _environment() -> dict[str, str]:
+    """The environment, with relative entries of the path for modules made absolute: the commands run elsewhere."""
+    entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.environ | ({"PYTHONPATH": os.pathsep.join(entries)} if entries else {})
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+__all__ = ["Cell", "read_cells", "run_cell", "run_cells"]

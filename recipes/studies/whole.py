@@ -1,0 +1,229 @@
+"""The study at strength: everything that is claimed of the method, measured by one command.
+
+    python -m repvgg_hf.recipes.studies.whole --cifar10 <on the Hub or a parquet folder> \\
+        --tiny_imagenet <the same> --output_dir outputs/study
+
+Of the training images 5,000 are held out, on which everything is chosen; the test images are looked at by `--split
+test` alone, once for each row. What has been measured is a file for each cell, see `cells.py`, and not measured again;
+`report.md` and its figures are made from these files.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from repvgg_hf.recipes.studies import oabn, qat
+from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
+from repvgg_hf.recipes.studies.whole_report import write_report
+from repvgg_hf.training.arguments import parse_arguments
+
+NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
+THRESHOLDS = (2.0, 3.0, 4.0, 8.0, 12.0)  # beside 6, which is the default
+QAT_LINES = ("uniform (LSQ)", "ClusterQAT", "ClusterQAT, all switches")
+ABLATED = ("uniform, tensor", "uniform, channel", "k-means, tensor and scale", "k-means, tensor and scale, calibrated")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images and the network that is trained on them.
+
+    Attributes:
+        title: what the images are called.
+        column: of the images in the dataset.
+        network, training: options of the recipe `train`.
+        qat_bits: bits of the trainings with quantized weights.
+    """
+
+    title: str
+    column: str
+    network: str
+    training: str
+    qat_bits: tuple[int, ...]
+
+
+SHARED = "--augmentation crop_flip --label_smoothing_factor 0.1 --learning_rate 0.2 --per_device_train_batch_size 256"
+TASKS = {
+    "cifar10": Task("CIFAR-10", "img", oabn.NETWORK, SHARED, (4, 3, 2, 1)),
+    "tiny_imagenet": Task(
+        "Tiny-ImageNet", "image", "--variant a0 --image_size 64", f"{SHARED} --cache_gigabytes 4", (4, 3, 2)
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class WholeArguments:
+    """Options that say what to measure, and how long to train."""
+
+    cifar10: str | None = field(
+        default=None, metadata={"help": "CIFAR-10: a Hub dataset or a folder of parquet files, with its test images."}
+    )
+    tiny_imagenet: str | None = field(default=None, metadata={"help": "Tiny-ImageNet, likewise."})
+    held_out: int = field(default=5000, metadata={"help": "Training images to hold out."})
+    split: str = field(default="validation", metadata={"help": "What to evaluate on: validation (held out), or test."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of network and training on CIFAR-10."}
+    )
+    epochs: int = field(default=60, metadata={"help": "Epochs of a float training on CIFAR-10."})
+    tiny_epochs: int = field(default=30, metadata={"help": "Epochs of a float training on Tiny-ImageNet, of one seed."})
+    qat_epochs: int = field(default=5, metadata={"help": "Epochs with quantized weights, or of further float ones."})
+    peers: list[str] = field(
+        default_factory=list, metadata={"help": "Libraries to compare with after training: coremltools, nncf."}
+    )
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Run the cells with one of these in their names, and what they need."}
+    )
+    show: bool = field(default=False, metadata={"help": "Print the cells and which have run, and run none."})
+    parallel: int = field(default=1, metadata={"help": "How many cells to run at once."})
+    options: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More for every training, as name=value, such as bf16=True or max_train_samples=1000."},
+    )
+    output_dir: str = field(default="outputs/whole_study", metadata={"help": "Folder for all of it."})
+
+    def __post_init__(self):
+        if self.split not in ("validation", "test"):
+            raise ValueError(f"--split must be validation or test, got {self.split!r}.")
+        if self.cifar10 is None and self.tiny_imagenet is None:
+            raise ValueError("Nothing to study: give --cifar10, --tiny_imagenet or both.")
+        wrong = next((option for option in self.options if "=" not in option), None)
+        if wrong is not None:
+            raise ValueError(f"--options takes name=value, such as bf16=True, got {wrong!r}.")
+
+    def extra(self) -> list[str]:
+        """The options of every training as a command has them."""
+        return [part for option in self.options for part in ("--" + option.split("=")[0], option.split("=", 1)[1])]
+
+
+def plan(args: WholeArguments) -> list[Cell]:
+    """Return all cells of the study, those that others need before them."""
+    cells = []
+    for name, source in (("cifar10", args.cifar10), ("tiny_imagenet", args.tiny_imagenet)):
+        if source is not None:
+            cells += Planner(name, source, args).cells()
+    return cells
+
+
+class Planner:
+    """Makes the cells of one task."""
+
+    def __init__(self, name: str, source: str, args: WholeArguments):
+        self.name, self.task, self.args = name, TASKS[name], args
+        self.source = str(Path(source).resolve()) if Path(source).exists() else source
+        self.is_main = name == "cifar10"
+        self.epochs = args.epochs if self.is_main else args.tiny_epochs
+        self.data = ("--dataset_name", f"data/{name}", "--image_column_name", self.task.column)
+        self.measured = (*self.data, "--validation_split_name", args.split)
+
+    def cells(self) -> list[Cell]:
+        cells = [self.held_out()]
+        for seed in self.args.seeds if self.is_main else self.args.seeds[:1]:
+            for norm, option in NORMS.items():
+                cells += self.network(norm, seed, option)
+                cells += self.quantized(norm, seed)
+        for threshold in THRESHOLDS if self.is_main else ():
+            norm, seed = f"OABN, k {threshold:g}", self.args.seeds[0]
+            cells += self.network(norm, seed, f"--oabn True --oabn_threshold {threshold}")
+            lines = ("--bits", "4", "3", "--others", "False", "--methods", *ABLATED)
+            cells.append(self.after_training(norm, seed, lines))
+        return cells
+
+    def held_out(self) -> Cell:
+        options = ("--dataset_name", self.source, *self.data[2:], "--held_out", str(self.args.held_out))
+        return Cell(f"{self.name}/data", "studies.hold_out", (*options, "--output_dir", f"data/{self.name}"))
+
+    def cell(self, what: str, norm: str, seed: int, module: str, options: tuple, result: str, needs: str, **facts):
+        name = f"{self.name}/{_slug(norm)}-{seed}/{_slug(what)}"
+        facts = {"task": self.name, "norm": norm, "seed": seed, "kind": what} | facts
+        return Cell(name, module, (*options, "--seed", str(seed)), result, (f"{self.name}/{needs}",), facts)
+
+    def network(self, norm: str, seed: int, option: str) -> list[Cell]:
+        folder = self.folder(norm, seed)
+        text = f"{self.task.network} {self.task.training} {option} --num_train_epochs {self.epochs} --report False"
+        options = (*self.data, *text.split(), "--resume_from_checkpoint", "True", "--output_dir", folder)
+        result = f"{folder}/train_results.json"
+        return [self.cell("train", norm, seed, "train", (*options, *self.args.extra()), result, "data")]
+
+    def quantized(self, norm: str, seed: int) -> list[Cell]:
+        """What becomes of a trained network: quantized after training, trained on in float, and quantized."""
+        lines = ("--bits", "8", "6", "4", "3", "2", *(("--peers", *self.args.peers) if self.args.peers else ()))
+        cells = [self.after_training(norm, seed, lines), self.further(norm, seed)]
+        for bits in self.task.qat_bits:
+            for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
+                rate = qat.LEARNING_RATES.get(bits, 0.01)
+                text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {rate}"
+                cells.append(self.trained(line, norm, seed, text, bits=bits))
+        return cells + [self.trained("W4A8", norm, seed, qat.ACTIVATIONS["W4A8"], bits=4, activation_bits=8)]
+
+    def folder(self, norm: str, seed: int) -> str:
+        return f"train/{self.name}/{_slug(norm)}-{seed}"
+
+    def after_training(self, norm: str, seed: int, lines: tuple[str, ...]) -> Cell:
+        path = f"ptq/{self.name}/{_slug(norm)}-{seed}-{self.args.split}.json"
+        model = ("--models", f"{norm}/{seed}={self.folder(norm, seed)}", "--dataset_title", self.task.title)
+        options = (*self.measured, *model, *lines, "--output_json", path)
+        trained, split = f"{_slug(norm)}-{seed}/train", self.args.split
+        return self.cell(f"ptq {split}", norm, seed, "studies.ptq", options, path, trained, kind="ptq", split=split)
+
+    def further(self, norm: str, seed: int) -> Cell:
+        """The same epochs as with quantized weights, in float: what a drop is held against, too."""
+        folder, split = f"further/{self.name}/{_slug(norm)}-{seed}-{self.args.split}", self.args.split
+        text = f"{self.task.training} --learning_rate 0.01 --num_train_epochs {self.args.qat_epochs} --report False"
+        options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())
+        options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self.args.extra())
+        trained = f"{_slug(norm)}-{seed}/train"
+        result, facts = f"{folder}/train_results.json", {"kind": "further", "split": split}
+        return self.cell(f"further {split}", norm, seed, "train", options, result, trained, **facts)
+
+    def trained(self, line: str, norm: str, seed: int, text: str, **facts) -> Cell:
+        what, split = f"{line} w{facts['bits']} {self.args.split}", self.args.split
+        folder = f"qat/{self.name}/{_slug(norm)}-{seed}/{_slug(what)}"
+        text = f"{text} --augmentation crop_flip --granularity per_channel --num_train_epochs {self.args.qat_epochs}"
+        options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())
+        options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self._without_bf16())
+        result, facts = f"{folder}/qat_results.json", {"kind": "qat", "line": line, "split": split} | facts
+        return self.cell(what, norm, seed, "qat", options, result, f"{_slug(norm)}-{seed}/train", **facts)
+
+    def _without_bf16(self) -> list[str]:
+        """The options of every training, but those of `Trainer` alone: the recipe `qat` is Accelerate's."""
+        extra, alone = self.args.extra(), ("--bf16", "--fp16", "--use_cpu")
+        return [part for pair in zip(extra[::2], extra[1::2]) if pair[0] not in alone for part in pair]
+
+
+def _slug(text: str) -> str:
+    """A name for files, such as `oabn-k-4` of `OABN, k 4`."""
+    kept = "".join(letter if letter.isalnum() or letter == "." else " " for letter in text.lower())
+    return "-".join(kept.split())
+
+
+def choose(cells: list[Cell], only: list[str]) -> list[Cell]:
+    """Return the cells with one of the words `only` in their names, and those that they need; all without words."""
+    if not only:
+        return cells
+    by_name = {cell.name: cell for cell in cells}
+    wanted = [cell.name for cell in cells if any(word in cell.name for word in only)]
+    if not wanted:
+        raise ValueError(f"--only {' '.join(only)} is in the name of no cell: --show True prints them all.")
+    for name in wanted:
+        wanted += [needed for needed in by_name[name].needs if needed not in wanted]
+    return [cell for cell in cells if cell.name in wanted]
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    (args,), _ = parse_arguments((WholeArguments,), arguments)
+    folder = Path(args.output_dir).resolve()
+    cells = choose(plan(args), args.only)
+    if args.show:
+        for cell in cells:
+            print("done" if cell.path(folder).exists() else "    ", cell.name)
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_cells(cells, folder, args.parallel)
+    finally:
+        records = read_cells(folder)
+        if any(record.get("kind") for record in records):
+            print(write_report(records, folder, args.split))
+    return records
+
+
+if __name__ == "__main__":
+    main()
