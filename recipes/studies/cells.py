@@ -52,10 +52,14 @@ class Cell:
 def run_cells(cells: Sequence[Cell], folder: Path, parallel: int = 1) -> None:
     """Run the cells that have not run, so many at once; goes on with others where one fails.
 
-    Raises `RuntimeError` at the end that names those that failed, with their logs.
+    Raises `RuntimeError` at the end that names those that failed, with their logs, and `ValueError` for a cell that
+    needs one that is not among them.
     """
-    left = {cell.name: cell for cell in cells if not cell.path(folder).exists()}
     names = {cell.name for cell in cells}
+    for cell in cells:
+        if not names.issuperset(cell.needs):
+            raise ValueError(f"{cell.name} needs {', '.join(set(cell.needs) - names)}, which is no cell of the study.")
+    left = {cell.name: cell for cell in cells if not cell.path(folder).exists()}
     failed: dict[str, str] = {}
     running = {}
     with ThreadPoolExecutor(parallel) as pool:
@@ -67,10 +71,6 @@ def run_cells(cells: Sequence[Cell], folder: Path, parallel: int = 1) -> None:
                     failed[left.pop(name).name] = f"needs {lost[0]}"
                 elif not waiting and len(running) < parallel:
                     running[pool.submit(run_cell, left.pop(name), folder)] = name
-            if not running:
-                if left:
-                    raise ValueError(f"{next(iter(left))} needs cells that are not in the study, which has {names}.")
-                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name, error = running.pop(future), future.exception()
                 if error is not None:

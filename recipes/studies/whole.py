@@ -8,13 +8,15 @@ test` alone, once for each row. What has been measured is a file for each cell, 
 `report.md` and its figures are made from these files.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
 from repvgg_hf.recipes.studies.whole_report import write_report
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.splits import DataArguments
 
 NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 THRESHOLDS = (2.0, 3.0, 4.0, 8.0, 12.0)  # beside 6, which is the default
@@ -75,7 +77,10 @@ class WholeArguments:
     parallel: int = field(default=1, metadata={"help": "How many cells to run at once."})
     options: list[str] = field(
         default_factory=list,
-        metadata={"help": "More for every training, as name=value, such as bf16=True or max_train_samples=1000."},
+        metadata={
+            "help": "More for every training, as name=value, such as bf16=True or max_train_samples=1000. With "
+            "quantized weights mixed precision is Accelerate's: ACCELERATE_MIXED_PRECISION=bf16."
+        },
     )
     output_dir: str = field(default="outputs/whole_study", metadata={"help": "Folder for all of it."})
 
@@ -178,14 +183,15 @@ class Planner:
         folder = f"qat/{self.name}/{_slug(norm)}-{seed}/{_slug(what)}"
         text = f"{text} --augmentation crop_flip --granularity per_channel --num_train_epochs {self.args.qat_epochs}"
         options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())
-        options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self._without_bf16())
+        options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self._of_qat())
         result, facts = f"{folder}/qat_results.json", {"kind": "qat", "line": line, "split": split} | facts
         return self.cell(what, norm, seed, "qat", options, result, f"{_slug(norm)}-{seed}/train", **facts)
 
-    def _without_bf16(self) -> list[str]:
-        """The options of every training, but those of `Trainer` alone: the recipe `qat` is Accelerate's."""
-        extra, alone = self.args.extra(), ("--bf16", "--fp16", "--use_cpu")
-        return [part for pair in zip(extra[::2], extra[1::2]) if pair[0] not in alone for part in pair]
+    def _of_qat(self) -> list[str]:
+        """The options of every training that the recipe `qat` has, too: others, such as `bf16`, are Trainer's."""
+        extra = self.args.extra()
+        known = {f"--{option.name}" for kind in (QATArguments, DataArguments) for option in fields(kind)}
+        return [part for pair in zip(extra[::2], extra[1::2]) if pair[0] in known for part in pair]
 
 
 def _slug(text: str) -> str:

@@ -42,7 +42,7 @@ def fold_norms(
         before, after = norm.inputs[0], min(norm.users & graph.live, default=OUTSIDE)
         if _takes_norms(graph, before, tuple(_LAYERS)):
             chosen = before
-        elif after != OUTSIDE and _takes_norms(graph, after, ("linear",)):
+        elif after != OUTSIDE and len(norm.shape) == 2 and _takes_norms(graph, after, ("linear",)):
             chosen = after
         else:
             continue

@@ -88,6 +88,10 @@ class TestCells:
             run_cells([broken, after, other], tmp_path)
         assert [record["cell"] for record in read_cells(tmp_path)] == ["other"]
 
+    def test_a_cell_that_is_needed_must_be_there(self, pictures, tmp_path):
+        with pytest.raises(ValueError, match="^a needs b, which is no cell of the study"):
+            run_cells([self.cell("a", pictures, "x", needs=("b",))], tmp_path)
+
 
 class TestPlan:
     def test_all_that_is_asked(self):
@@ -103,6 +107,13 @@ class TestPlan:
         for cell in cells:  # the test images are for measuring alone
             evaluates = cell.facts.get("kind") in ("ptq", "qat", "further")
             assert (cell.options[4:6] == ("--validation_split_name", "test")) == evaluates, cell
+
+    def test_more_options_go_to_the_commands_that_have_them(self):
+        cells = plan(WholeArguments(cifar10="cifar10", options=["bf16=True", "max_train_samples=7"]))
+        for cell in cells:
+            kind = cell.facts.get("kind")
+            assert ("--bf16" in cell.options) == (kind in ("train", "further")), cell
+            assert ("--max_train_samples" in cell.options) == (kind in ("train", "further", "qat")), cell
 
     def test_choosing(self):
         cells = plan(WholeArguments(cifar10="cifar10"))
