@@ -102,8 +102,8 @@ class TestPlan:
         trained = [name for name in names if name.endswith("/train")]
         assert len([name for name in trained if name.startswith("cifar10")]) == 2 * 3 + 5
         assert [name for name in trained if name.startswith("tiny")] == [
-            "tiny_imagenet/bn-0/train", "tiny_imagenet/oabn-0/train"
-        ]  # fmt: skip
+            f"tiny_imagenet/{norm}-0/train" for norm in ("bn", "oabn", "oabn-k-12", "oabn-k-24", "oabn-k-48")
+        ]
         for cell in cells:  # the test images are for measuring alone
             evaluates = cell.facts.get("kind") in ("ptq", "qat", "further")
             assert (cell.options[4:6] == ("--validation_split_name", "test")) == evaluates, cell
