@@ -58,3 +58,11 @@ def test_it_trains_each_network_once(tmp_path, run):
 def test_a_name_that_it_does_not_know_is_an_error():
     with pytest.raises(ValueError, match="'RepVG'.*RepVGG, MobileOne"):
         generalization.check_networks(["RepVG"])
+
+
+def test_committed_tables_are_made_from_the_committed_json(recipes):
+    figures = recipes / "studies" / "results" / "generalization.json"
+    record = json.loads(figures.read_text())
+    table = generalization.markdown(record["networks"], record["seed"])
+    assert figures.with_suffix(".md").read_text() == table
+    assert f"<!-- generalization -->\n{table}<!-- /generalization -->" in (figures.parent / "README.md").read_text()
