@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from repvgg_hf.interop.processor import processor_facts
 from repvgg_hf.training.report import masked, write_json
 
 PACKAGES = ("repvgg-hf", "torch", "transformers", "datasets", "coremltools", "nncf", "timm")
@@ -132,9 +133,10 @@ def _versions() -> dict[str, str]:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    """The accelerator, if there is one, else the processor."""
+    if torch.accelerator.is_available():
+        return torch.get_device_module(torch.accelerator.current_accelerator()).get_device_name()
+    return processor_facts()["cpu"]
 
 
 __all__ = ["Cell", "read_cells", "run_cell", "run_cells"]

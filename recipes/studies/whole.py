@@ -14,7 +14,7 @@ from pathlib import Path
 from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
-from repvgg_hf.recipes.studies.whole_report import write_report
+from repvgg_hf.recipes.studies.whole_report import ACTIVATIONS, write_report
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.splits import DataArguments
 
@@ -162,7 +162,7 @@ class Planner:
                 rate = qat.LEARNING_RATES.get(bits, 0.01)
                 text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {rate}"
                 cells.append(self.trained(line, norm, seed, text, bits=bits))
-        return cells + [self.trained("W4A8", norm, seed, qat.ACTIVATIONS["W4A8"], bits=4, activation_bits=8)]
+        return cells + [self.trained(ACTIVATIONS, norm, seed, qat.ACTIVATIONS["W4A8"], bits=4, activation_bits=8)]
 
     def folder(self, norm: str, seed: int) -> str:
         return f"train/{self.name}/{_slug(norm)}-{seed}"

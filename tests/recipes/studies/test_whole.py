@@ -218,6 +218,22 @@ class TestReport:
         rows = json.loads((tmp_path / "report.json").read_text())["rows"]
         assert len(rows) == 6 * (4 + 1 + 1)
 
+    def test_activations_after_training_are_no_part_of_those_in_training(self, tmp_path):
+        found = records({"OABN": [0.0, 0.0]})
+        for record in found[:]:
+            if record["kind"] == "ptq":
+                models = record["result"]["models"]["OABN"]
+                row = {"line": "W4A8", "bits": 4, "activation_bits": 8, "bits_per_weight": 4.1, "top1": 50.0}
+                models["W4A8"] = row
+            if record["kind"] == "qat":
+                packed = {"stage": "packed", "bits_per_weight": 4.1, "top1": 89.9 + record["seed"]}
+                line = {"line": "ClusterQAT, W4A8", "bits": 4, "activation_bits": 8}
+                found.append(record | line | {"result": {"results": [packed]}})
+        lines = write_report(found, tmp_path, "test").splitlines()
+        further = "-0.60 ± 0.00"
+        assert f"| CIFAR-10 | ClusterQAT, W4A8, 4 bit | 0.2 | -0.10 ± 0.00 | {further} | holds |" in lines
+        assert any(line.startswith("| W4A8 | 50.00 ± 0.00 |") for line in lines)
+
     def test_another_split_is_no_part_of_it(self, tmp_path):
         found = records({"OABN": [0.0]})
         assert rows_of(found, "validation") == []
