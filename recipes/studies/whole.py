@@ -14,13 +14,13 @@ from pathlib import Path
 from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
-from repvgg_hf.recipes.studies.whole_report import ACTIVATIONS, write_report
+from repvgg_hf.recipes.studies.whole_report import ACTIVATIONS, MAIN, write_report
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.splits import DataArguments
 
-NORMS = {"BN": "--oabn False", "OABN": "--oabn True"}
 QAT_LINES = ("uniform (LSQ)", "ClusterQAT", "ClusterQAT, all switches")
 ABLATED = ("uniform, tensor", "uniform, channel", "k-means, tensor and scale", "k-means, tensor and scale, calibrated")
+AFTER_TRAINING = (*ABLATED, "uniform, channel, calibrated", "k-means, channel", "k-means, channel, + bias correction")
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,41 @@ class Task:
         title: what the images are called.
         column: of the images in the dataset.
         network, training: options of the recipe `train`.
+        further: options of every training that goes on from a float network, with quantized weights or without.
         qat_bits: bits of the trainings with quantized weights.
-        thresholds: of OABN beside its default, 6; larger ones where many channels leave little to an identity.
+        thresholds: of OABN, beside that of the main network.
     """
 
     title: str
     column: str
     network: str
     training: str
+    further: str
     qat_bits: tuple[int, ...]
     thresholds: tuple[float, ...]
 
 
-SHARED = "--augmentation crop_flip --label_smoothing_factor 0.1 --learning_rate 0.2 --per_device_train_batch_size 256"
+FURTHER = "--augmentation crop_flip --per_device_train_batch_size"
 TASKS = {
-    "cifar10": Task("CIFAR-10", "img", oabn.NETWORK, SHARED, (4, 3, 2, 1), (2, 3, 4, 8, 12)),
+    "cifar10": Task(
+        "CIFAR-10",
+        "img",
+        oabn.NETWORK,
+        "--augmentation crop_flip --mixing cutmix --mixing_alpha 1.0 --label_smoothing_factor 0.1 --learning_rate 0.4 "
+        "--per_device_train_batch_size 512",
+        f"{FURTHER} 128",
+        (4, 3, 2, 1),
+        (2, 3, 4, 8, 12),
+    ),
     "tiny_imagenet": Task(
         "Tiny-ImageNet",
         "image",
         "--variant a0 --image_size 64",
-        f"{SHARED} --cache_gigabytes 4",
+        "--augmentation crop_flip --label_smoothing_factor 0.1 --learning_rate 0.8 --per_device_train_batch_size 1024 "
+        "--cache_gigabytes 4",
+        f"{FURTHER} 512 --cache_gigabytes 4",
         (4, 3, 2),
-        (12, 24, 48),
+        (48,),
     ),
 }
 
@@ -70,8 +83,8 @@ class WholeArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of network and training on CIFAR-10."}
     )
-    epochs: int = field(default=60, metadata={"help": "Epochs of a float training on CIFAR-10."})
-    tiny_epochs: int = field(default=30, metadata={"help": "Epochs of a float training on Tiny-ImageNet, of one seed."})
+    epochs: int = field(default=120, metadata={"help": "Epochs of a float training on CIFAR-10."})
+    tiny_epochs: int = field(default=36, metadata={"help": "Epochs of a float training on Tiny-ImageNet, of one seed."})
     qat_epochs: int = field(default=5, metadata={"help": "Epochs with quantized weights, or of further float ones."})
     peers: list[str] = field(
         default_factory=list, metadata={"help": "Libraries to compare with after training: coremltools, nncf."}
@@ -127,12 +140,11 @@ class Planner:
     def cells(self) -> list[Cell]:
         cells = [self.held_out()]
         for seed in self.args.seeds if self.is_main else self.args.seeds[:1]:
-            for norm, option in NORMS.items():
-                cells += self.network(norm, seed, option)
-                cells += self.quantized(norm, seed)
+            for norm in ("BN", MAIN[self.name]):
+                cells += [self.network(norm, seed), *self.quantized(norm, seed)]
         for threshold in self.task.thresholds:
             norm, seed = f"OABN, k {threshold:g}", self.args.seeds[0]
-            cells += self.network(norm, seed, f"--oabn True --oabn_threshold {threshold}")
+            cells.append(self.network(norm, seed))
             lines = ("--bits", "4", "3", "--others", "False", "--methods", *ABLATED)
             cells.append(self.after_training(norm, seed, lines))
         return cells
@@ -146,16 +158,19 @@ class Planner:
         facts = {"task": self.name, "norm": norm, "seed": seed, "kind": what} | facts
         return Cell(name, module, (*options, "--seed", str(seed)), result, (f"{self.name}/{needs}",), facts)
 
-    def network(self, norm: str, seed: int, option: str) -> list[Cell]:
+    def network(self, norm: str, seed: int) -> Cell:
         folder = self.folder(norm, seed)
-        text = f"{self.task.network} {self.task.training} {option} --num_train_epochs {self.epochs} --report False"
-        options = (*self.data, *text.split(), "--resume_from_checkpoint", "True", "--output_dir", folder)
-        result = f"{folder}/train_results.json"
-        return [self.cell("train", norm, seed, "train", (*options, *self.args.extra()), result, "data")]
+        kind, _, threshold = norm.partition(", k ")
+        text = f"{self.task.network} {self.task.training} --oabn {kind == 'OABN'}"
+        text += f" --oabn_threshold {threshold}" if threshold else ""
+        text += f" --num_train_epochs {self.epochs} --report False --resume_from_checkpoint True"
+        options = (*self.data, *text.split(), "--output_dir", folder, *self.args.extra())
+        return self.cell("train", norm, seed, "train", options, f"{folder}/train_results.json", "data")
 
     def quantized(self, norm: str, seed: int) -> list[Cell]:
         """What becomes of a trained network: quantized after training, trained on in float, and quantized."""
-        lines = ("--bits", "8", "6", "4", "3", "2", *(("--peers", *self.args.peers) if self.args.peers else ()))
+        lines = ("--bits", "8", "4", "3", "2", "--methods", *AFTER_TRAINING)
+        lines += ("--peers", *self.args.peers) if self.args.peers else ()
         cells = [self.after_training(norm, seed, lines), self.further(norm, seed)]
         for bits in self.task.qat_bits:
             for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
@@ -177,7 +192,7 @@ class Planner:
     def further(self, norm: str, seed: int) -> Cell:
         """The same epochs as with quantized weights, in float: what a drop is held against, too."""
         folder, split = f"further/{self.name}/{_slug(norm)}-{seed}-{self.args.split}", self.args.split
-        text = f"{self.task.training} --learning_rate 0.01 --num_train_epochs {self.args.qat_epochs} --report False"
+        text = f"{self.task.further} --learning_rate 0.01 --num_train_epochs {self.args.qat_epochs} --report False"
         options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())
         options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self.args.extra())
         trained = f"{_slug(norm)}-{seed}/train"
@@ -187,7 +202,7 @@ class Planner:
     def trained(self, line: str, norm: str, seed: int, text: str, **facts) -> Cell:
         what, split = f"{line} w{facts['bits']} {self.args.split}", self.args.split
         folder = f"qat/{self.name}/{_slug(norm)}-{seed}/{_slug(what)}"
-        text = f"{text} --augmentation crop_flip --granularity per_channel --num_train_epochs {self.args.qat_epochs}"
+        text = f"{text} {self.task.further} --granularity per_channel --num_train_epochs {self.args.qat_epochs}"
         options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())
         options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self._of_qat())
         result, facts = f"{folder}/qat_results.json", {"kind": "qat", "line": line, "split": split} | facts
