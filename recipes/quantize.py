@@ -72,8 +72,9 @@ class QuantizeArguments:
     peers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Libraries to compare with: coremltools, nncf. Those of their methods that need calibration images "
-            "run with --calibration_images only, those that quantize activations with --activation_bits only."
+            "help": "Libraries to compare with: coremltools, nncf, onnxruntime. Those of their methods that need "
+            "calibration images run with --calibration_images only, those that quantize activations with "
+            "--activation_bits only."
         },
     )
     plot: bool = field(default=True, metadata={"help": "Draw accuracy against bits and bytes; needs matplotlib."})

@@ -131,7 +131,18 @@ def choose_for_images(model_args, data_args, train_args, split, given: set[str],
 
 
 def steps_of_epoch(images: int, args: TrainingArguments) -> int:
-    """Return the optimizer steps of an epoch of so many training images."""
+    """Return the optimizer steps of an epoch of so many training images.
+
+    Raises `ValueError` where `--dataloader_drop_last` leaves none.
+    """
+    together = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last:
+        if images < together:
+            raise ValueError(
+                f"--dataloader_drop_last drops all {images} training images, which fill no batch of {together}: leave "
+                "it out, or make --per_device_train_batch_size smaller."
+            )
+        images -= images % together
     return steps_per_epoch(images, args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
 
 

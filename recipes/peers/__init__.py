@@ -14,6 +14,7 @@ from torch import nn
 PEERS = {
     "coremltools": ("coremltools_methods", ("coremltools",)),
     "nncf": ("nncf_methods", ("nncf", "openvino")),
+    "onnxruntime": ("onnxruntime_methods", ("onnx", "onnxruntime", "onnxscript")),
 }
 
 

@@ -22,7 +22,7 @@ import torch
 from repvgg_hf.interop.processor import processor_facts
 from repvgg_hf.training.report import masked, write_json
 
-PACKAGES = ("repvgg-hf", "torch", "transformers", "datasets", "coremltools", "nncf", "timm")
+PACKAGES = ("repvgg-hf", "torch", "transformers", "datasets", "coremltools", "nncf", "onnxruntime", "timm")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
         --dataset_name <CIFAR-10 on the Hub or as a parquet folder> --image_column_name img
 
 A model's name is what it is, and the seed of its training: those that differ only there share a table of their means.
-With `--peers coremltools nncf` these libraries' methods are in it, on the same images. Writes the figures to
-`--output_json` after each one, and goes on from there when started again; beside it the tables made from them, as
+With `--peers coremltools nncf onnxruntime` these libraries' methods are in it, on the same images. Writes the figures
+to `--output_json` after each one, and goes on from there when started again; beside it the tables made from them, as
 Markdown. Needs no labels but for measuring: the calibration images come from the training split.
 """
 
@@ -32,6 +32,7 @@ from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 PLAIN = {"error_compensation": False, "bias_correction": False}
 CHANNEL = {"granularity": "per_channel"}
 UNIFORM = {"method": "uniform"}
+TUNED = {"tuning_steps": 300}
 # title: (options of quantize, those of CalibrationConfig or None to use no images)
 METHODS = {
     "uniform, tensor": (UNIFORM, None),
@@ -43,6 +44,8 @@ METHODS = {
     "k-means, channel, + error compensation": (CHANNEL, {"bias_correction": False}),
     "k-means, channel, + bias correction": (CHANNEL, {}),
     "k-means, tensor and scale, calibrated": ({}, {}),
+    "k-means, tensor and scale, tuned": ({}, TUNED),
+    "k-means, channel, tuned": (CHANNEL, TUNED),
 }
 ACTIVATIONS = {
     name: {"bits": bits, "activation_bits": activation_bits}
@@ -62,19 +65,23 @@ class PTQStudyArguments:
         default_factory=lambda: [8, 6, 5, 4, 3, 2], metadata={"help": "Bits of a weight's code, 1 to 8; several."}
     )
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Lines of the tables: {'; '.join(METHODS)}."}
+        default_factory=lambda: list(METHODS), metadata={"help": f"Lines of the tables: {'; '.join(METHODS)}; or none."}
     )
     others: bool = field(
         default=True, metadata={"help": "Lines with quantized activations and of mixed precision, too."}
     )
     dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call the dataset in the tables."})
-    peers: list[str] = field(default_factory=list, metadata={"help": "Libraries to compare with: coremltools, nncf."})
+    peers: list[str] = field(
+        default_factory=list, metadata={"help": "Libraries to compare with: coremltools, nncf, onnxruntime."}
+    )
     calibration_images: int = field(default=512, metadata={"help": "Training images, without labels, to calibrate on."})
     output_json: str = field(
         default="outputs/ptq_study/ptq.json", metadata={"help": "File for the figures; their tables go beside it."}
     )
 
     def __post_init__(self):
+        if self.methods == ["none"]:
+            self.methods = []
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"--methods must be of {'; '.join(METHODS)}, got {name!r}.")
@@ -141,7 +148,8 @@ def theirs(library: str, peer: PeerMethod, bits: int, images: torch.Tensor) -> L
         quantized, stored = peer.quantize(model, bits, list(images.split(64)))
         return quantized, 8 * stored / weights
 
-    return Line(peer.label, bits, quantize, {"library": library})
+    title = peer.label if peer.activation_bits is None else f"{peer.label}, W{bits}A{peer.activation_bits}"
+    return Line(title, bits, quantize, {"library": library, "activation_bits": peer.activation_bits})
 
 
 def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, Line]:
@@ -158,7 +166,7 @@ def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, Line]:
     for library in study.peers:
         for peer in peer_methods(library):
             for bits in study.bits:
-                if bits in peer.bits and peer.activation_bits is None:
+                if bits in peer.bits:
                     chosen[f"{peer.label}|{bits}"] = theirs(library, peer, bits, images)
     return chosen
 

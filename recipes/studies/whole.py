@@ -14,7 +14,7 @@ from pathlib import Path
 from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
-from repvgg_hf.recipes.studies.whole_report import ACTIVATIONS, MAIN, write_report
+from repvgg_hf.recipes.studies.whole_report import ACTIVATIONS, MAIN, TUNED, write_report
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.splits import DataArguments
 
@@ -65,7 +65,7 @@ TASKS = {
         "--cache_gigabytes 4",
         f"{FURTHER} 512 --cache_gigabytes 4",
         (4, 3, 2),
-        (48,),
+        (6, 48),
     ),
 }
 
@@ -87,7 +87,8 @@ class WholeArguments:
     tiny_epochs: int = field(default=36, metadata={"help": "Epochs of a float training on Tiny-ImageNet, of one seed."})
     qat_epochs: int = field(default=5, metadata={"help": "Epochs with quantized weights, or of further float ones."})
     peers: list[str] = field(
-        default_factory=list, metadata={"help": "Libraries to compare with after training: coremltools, nncf."}
+        default_factory=list,
+        metadata={"help": "Libraries to compare with after training: coremltools, nncf, onnxruntime."},
     )
     only: list[str] = field(
         default_factory=list, metadata={"help": "Run the cells with one of these in their names, and what they need."}
@@ -146,8 +147,8 @@ class Planner:
             norm, seed = f"OABN, k {threshold:g}", self.args.seeds[0]
             cells.append(self.network(norm, seed))
             lines = ("--bits", "4", "3", "--others", "False", "--methods", *ABLATED)
-            cells.append(self.after_training(norm, seed, lines))
-        return cells
+            cells.append(self.after_training("ptq", norm, seed, lines))
+        return [*cells, self.overhead()] if self.is_main else cells
 
     def held_out(self) -> Cell:
         options = ("--dataset_name", self.source, *self.data[2:], "--held_out", str(self.args.held_out))
@@ -169,9 +170,14 @@ class Planner:
 
     def quantized(self, norm: str, seed: int) -> list[Cell]:
         """What becomes of a trained network: quantized after training, trained on in float, and quantized."""
-        lines = ("--bits", "8", "4", "3", "2", "--methods", *AFTER_TRAINING)
-        lines += ("--peers", *self.args.peers) if self.args.peers else ()
-        cells = [self.after_training(norm, seed, lines), self.further(norm, seed)]
+        widths = ("--bits", "8", "4", "3", "2")
+        cells = [self.after_training("ptq", norm, seed, (*widths, "--methods", *AFTER_TRAINING))]
+        lines = ("--bits", "3", "2", "--methods", TUNED, "--others", "False")
+        cells.append(self.after_training("tuned", norm, seed, lines))
+        for library in self.args.peers:
+            lines = (*widths, "--methods", "none", "--others", "False", "--peers", library)
+            cells.append(self.after_training(library, norm, seed, lines))
+        cells.append(self.further(norm, seed))
         for bits in self.task.qat_bits:
             for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
                 rate = qat.LEARNING_RATES.get(bits, 0.01)
@@ -182,12 +188,20 @@ class Planner:
     def folder(self, norm: str, seed: int) -> str:
         return f"train/{self.name}/{_slug(norm)}-{seed}"
 
-    def after_training(self, norm: str, seed: int, lines: tuple[str, ...]) -> Cell:
-        path = f"ptq/{self.name}/{_slug(norm)}-{seed}-{self.args.split}.json"
+    def after_training(self, what: str, norm: str, seed: int, lines: tuple[str, ...]) -> Cell:
+        """Quantized without labels: the table's lines, those of the library `what`, or others that take longer."""
+        path = f"{what}/{self.name}/{_slug(norm)}-{seed}-{self.args.split}.json"
         model = ("--models", f"{norm}/{seed}={self.folder(norm, seed)}", "--dataset_title", self.task.title)
         options = (*self.measured, *model, *lines, "--output_json", path)
         trained, split = f"{_slug(norm)}-{seed}/train", self.args.split
-        return self.cell(f"ptq {split}", norm, seed, "studies.ptq", options, path, trained, kind="ptq", split=split)
+        kind = "ptq" if what == "ptq" else "more"
+        return self.cell(f"{what} {split}", norm, seed, "studies.ptq", options, path, trained, kind=kind, split=split)
+
+    def overhead(self) -> Cell:
+        """What a step with quantized weights takes, in time and memory, of random images: alone on the machine."""
+        path = "overhead.json"
+        options = ("qat", "--variants", "cifar", "--image_sizes", "32", "--batch_sizes", "128", "--output_json", path)
+        return Cell(f"{self.name}/overhead", "benchmarks", options, path, facts={"kind": "overhead"})
 
     def further(self, norm: str, seed: int) -> Cell:
         """The same epochs as with quantized weights, in float: what a drop is held against, too."""

@@ -18,6 +18,7 @@ class QuantizationMethod:
         title (`str`): what its codebooks are called on cards.
         options (`dict`): the fields of `ClusterConfig` that only this method has, with their defaults.
         qat_options (`tuple`): the fields of `QATConfig` that only this method has.
+        evenly_spaced (`bool`): whether the entries of its codebooks are integers times a step.
         fit: `fit(rows, k, groups, config, importance) -> (codebook, scale)`, for the least weight error; see
             `compression/codebooks/weights.py`.
         refit: `refit(problem, weight, config) -> weight`, for the least output error with given codes; see
@@ -30,6 +31,7 @@ class QuantizationMethod:
     title: str
     options: dict[str, object] = {}
     qat_options: tuple[str, ...] = ()
+    evenly_spaced = False
     fit: Callable | None = None
     refit: Callable | None = None
     fake_quantizer: Callable | None = None
@@ -66,6 +68,7 @@ class UniformMethod(QuantizationMethod):
 
     name, title = "uniform", "evenly spaced codebooks"
     options = {"symmetric": True, "range_method": "mse"}
+    evenly_spaced = True
 
     def default_channel_scale(self, config) -> bool:
         # a symmetric grid for a channel is integers times a step

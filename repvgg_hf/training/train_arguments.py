@@ -15,7 +15,10 @@ class TrainArguments(TrainingArguments):
     """`TrainingArguments` with defaults for the digits; those for other pictures are chosen by what they are."""
 
     # options that `--help-all` shows, and `--help` does not
-    RARE = ("remove_unused_columns", "optim", "momentum", "mixing_alpha", "disable_tqdm", "lr_scheduler_type")
+    RARE = (
+        "remove_unused_columns", "optim", "momentum", "mixing_alpha", "disable_tqdm", "lr_scheduler_type",
+        "logging_nan_inf_filter",
+    )  # fmt: skip
 
     output_dir: str = field(default="outputs/train", metadata={"help": "Folder for models, checkpoints and figures."})
     num_train_epochs: float = field(
@@ -80,6 +83,10 @@ class TrainArguments(TrainingArguments):
         metadata={"help": "Drop columns that the model does not take, which images are made of."},
     )
     disable_tqdm: bool = field(default=True, metadata={"help": "Show no progress bars."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log, for which each step waits for the device."},
+    )
     report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb or another, or none."})
     seed: int = field(
         default=0,

@@ -1,6 +1,8 @@
 """`Trainer` for images: no batch of one image, classes that count alike, a moving average, no secrets on disk."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,11 +79,28 @@ class ImageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of training batches, on whose length the number of steps depends."""
-        asked = self.args.dataloader_drop_last  # evaluation follows it too, and must see every image
         images, batch_size = len(self.train_dataset), self._train_batch_size
-        self.args.dataloader_drop_last = asked or leaves_one_image(images, batch_size, self.args.world_size)
-        try:
+        asked = self.args.dataloader_drop_last
+        with self._drop_last(asked or leaves_one_image(images, batch_size, self.args.world_size)):
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Return the loader of an evaluation: of all images, also where training drops the last of an epoch."""
+        with self._drop_last(False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        """Return the loader of a prediction: of all images."""
+        with self._drop_last(False):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _drop_last(self, value: bool) -> Iterator[None]:
+        """Make a loader drop its last batch or not: Trainer has one option for those of training and evaluation."""
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = value
+        try:
+            yield
         finally:
             self.args.dataloader_drop_last = asked
 

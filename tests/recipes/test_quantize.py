@@ -120,7 +120,7 @@ BAD = {
     "--calibration_images 8 --sensitivity hessian": "sensitivity must be one of none, fisher, got 'hessian'",
     "--tolerance -1": "--tolerance must be from 0 to 100 percentage points, got -1.0",
     "no/such/photos": "There is no folder no/such/photos: give a folder with one folder of pictures per class",
-    "--peers tensorrt": "--peers must be of coremltools, nncf, got 'tensorrt'",
+    "--peers tensorrt": "--peers must be of coremltools, nncf, onnxruntime, got 'tensorrt'",
     "--peers coremltools": "Comparing with coremltools needs it: `pip install coremltools`",
     "--peers nncf": "Comparing with nncf needs it: `pip install nncf openvino`",
     "--plot True": r"Plots need matplotlib: `pip install 'repvgg-hf\[plot\]'`",

@@ -33,6 +33,19 @@ def test_a_single_image_is_dropped_in_training_alone(images, steps, tiny_config,
     assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 9
 
 
+def test_evaluation_sees_every_image_where_training_drops_the_last(tiny_config, tmp_path):
+    args = TrainingArguments(
+        tmp_path, num_train_epochs=1, per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to="none",
+        use_cpu=True, dataloader_drop_last=True,
+    )  # fmt: skip
+    model = RepVGGForImageClassification(tiny_config())
+    trainer = ImageTrainer(model, args, train_dataset=Images(11), eval_dataset=Images(7))
+    assert trainer.train().global_step == 2
+    assert len(trainer.predict(Images(3)).predictions) == 3
+    assert trainer.evaluate()["eval_loss"] > 0 and len(trainer.get_eval_dataloader()) == 2
+    assert args.dataloader_drop_last
+
+
 def test_tokens_are_masked_where_arguments_are_saved(tiny_config, tmp_path):
     args = TrainingArguments(tmp_path, report_to="none", use_cpu=True, hub_token="s3cret", run_name="a run")
     trainer = ImageTrainer(RepVGGForImageClassification(tiny_config()), args)

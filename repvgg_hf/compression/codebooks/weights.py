@@ -31,6 +31,12 @@ class QuantizedWeight:
         """Return the weight, float32 `[out, ...]`, as a [`ClusterLayer`] decodes it."""
         return decode(self.codes, self.codebook, self.scale)
 
+    def with_codebook(self, codebook: torch.Tensor) -> "QuantizedWeight":
+        """Return the weight with other values `[groups, 2**bits]` for its codes, put in ascending order."""
+        rank = codebook.argsort(dim=1).argsort(dim=1)  # where each entry goes
+        codes = decode(self.codes, rank.float()).to(torch.uint8)
+        return replace(self, codes=codes, codebook=codebook.sort(dim=1).values.to(self.codebook.dtype))
+
     def times(self, factor: torch.Tensor) -> "QuantizedWeight":
         """Return the weight with each output channel multiplied by its positive `factor` `[out]`, where that is stored.
 

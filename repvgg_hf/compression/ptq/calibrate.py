@@ -32,6 +32,7 @@ from .mixed_precision import choose_bits, measure_block_costs, measure_costs
 from .outputs import require_finite_outputs
 from .sensitivity import diagonal_fisher
 from .statistics import InputStatistics
+from .tuning import tune
 
 logger = get_logger(__name__)
 
@@ -82,7 +83,7 @@ def calibrate(
             found[name].output_range = calibrate_output(layer, run, last_map, config, options)
     for name in idle:
         found[name] = QuantizedLayer(quantize_layer(name, layers[name], config))
-    return config, found
+    return config, tune(model, found, config, data, options, last_map) if options.tuning_steps else found
 
 
 def _chain_of(model: nn.Module, data: CalibrationData) -> dict[str, nn.Module] | None:

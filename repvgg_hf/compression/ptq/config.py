@@ -29,6 +29,10 @@ class CalibrationConfig:
             scale its output channels, where they have a scale or a codebook each, to vary as with float weights.
         target_bits_per_weight: choose each layer's bits so that the whole model stores this many on average, codebooks
             and scales included; `bits` is then only the default for what comes later. `None` for the same bits in all.
+        tuning_steps: steps of training, after all layers are quantized, in which codebooks, scales and biases of all of
+            them follow the gradient of the float model's outputs, without labels; the codes stay (EfficientQAT, arXiv
+            2407.11062). For 3 bits and less 300 are worth their time; 0 for none.
+        tuning_learning_rate: of these steps, by Adam: the share of its size that a value moves by at most in a step.
         activation_range: with `activation_bits`, the range of a layer's input: the one with the least squared error
             (`"mse"`), or from the least to the largest value seen (`"minmax"`).
         damping: added to the diagonal of the inputs' second moments, as a share of its mean (GPTQ's term).
@@ -59,6 +63,16 @@ class CalibrationConfig:
     target_bits_per_weight: float | None = field(
         default=None, metadata={"help": "Choose each layer's bits so that the model stores this many on average."}
     )
+    tuning_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in which codebooks, scales and biases are trained for the float model's outputs: 300 for 3 "
+            "bits and less; 0 for none."
+        },
+    )
+    tuning_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of --tuning_steps: the share by which a value moves in a step."}
+    )
     activation_range: str = field(
         default="mse", metadata={"help": "Range of a layer's quantized input: mse (least squared error) or minmax."}
     )
@@ -80,6 +94,12 @@ class CalibrationConfig:
         if type(self.calibration_batch_size) is not int or self.calibration_batch_size < 1:
             raise ValueError(
                 f"calibration_batch_size must be an integer of at least 1, got {self.calibration_batch_size!r}."
+            )
+        if type(self.tuning_steps) is not int or self.tuning_steps < 0:
+            raise ValueError(f"tuning_steps must be an integer of at least 0, got {self.tuning_steps!r}.")
+        if not isinstance(self.tuning_learning_rate, (int, float)) or not 0 < self.tuning_learning_rate < 1:
+            raise ValueError(
+                f"tuning_learning_rate must be above 0 and below 1, such as 0.001, got {self.tuning_learning_rate!r}."
             )
         if not isinstance(self.damping, (int, float)) or not self.damping > 0:
             raise ValueError(f"damping must be a positive number, got {self.damping!r}.")

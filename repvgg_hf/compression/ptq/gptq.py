@@ -142,10 +142,7 @@ def compensated_weight(
 def refit_codebook(problem: LayerProblem, weight: QuantizedWeight, config: ClusterConfig) -> QuantizedWeight:
     """Fit the codebook (of floats: integers stay) and scale for the least output error with the present codes."""
     if weight.codebook.is_floating_point():
-        codebook = fit_codebook(problem, weight)
-        rank = codebook.argsort(dim=1).argsort(dim=1)  # where each entry goes
-        codes = decode(weight.codes, rank.float()).to(torch.uint8)
-        weight = QuantizedWeight(codes, codebook.sort(dim=1).values.to(weight.codebook.dtype), weight.scale)
+        weight = weight.with_codebook(fit_codebook(problem, weight))
     return weight if weight.scale is None else _refit_scale(problem, weight)
 
 

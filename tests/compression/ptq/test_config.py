@@ -28,6 +28,10 @@ def test_the_defaults():
         ({"damping": None}, "^damping must be a positive number, got None"),
         ({"activation_memory": -1}, "^activation_memory must be a number of GiB, at least 0, got -1"),
         ({"activation_memory": "x"}, "^activation_memory must be a number of GiB, at least 0, got 'x'"),
+        ({"tuning_steps": -1}, "^tuning_steps must be an integer of at least 0, got -1"),
+        ({"tuning_steps": 10.0}, "^tuning_steps must be an integer of at least 0, got 10.0"),
+        ({"tuning_learning_rate": 0}, "^tuning_learning_rate must be above 0 and below 1, such as 0.001, got 0"),
+        ({"tuning_learning_rate": "1"}, "^tuning_learning_rate must be above 0 and below 1, such as 0.001, got '1'"),
         ({"target_bits_per_weight": 0.9}, "^target_bits_per_weight must be from 1 to 8, got 0.9"),
         ({"target_bits_per_weight": 8.1}, "^target_bits_per_weight must be from 1 to 8, got 8.1"),
         ({"target_bits_per_weight": "3"}, "^target_bits_per_weight must be from 1 to 8, got '3'"),
@@ -39,7 +43,7 @@ def test_what_cannot_be_meant_is_refused(options, message):
         CalibrationConfig(**options)
 
 
-@pytest.mark.parametrize("option", ["tuning_steps", "seed"])
+@pytest.mark.parametrize("option", ["rounds", "seed"])
 def test_options_that_there_are_not(option):
     with pytest.raises(TypeError, match=f"^CalibrationConfig has no option '{option}': it takes activation_memory, "):
         CalibrationConfig(**{option: 1})
