@@ -4,6 +4,7 @@
     python recipes/quantize.py --model_name_or_path outputs/train --bits 8 4 3 --method uniform cluster
     python recipes/quantize.py --model_name_or_path outputs/train --bits 4 3 2 --ablation True
     python recipes/quantize.py --model_name_or_path outputs/train --peers coremltools nncf
+    python recipes/quantize.py --model_name_or_path outputs/train --bits 2 --granularity per_channel --tuning_steps 300
 
 Each quantized model is saved in `--output_dir` and evaluated; one of them is recommended: the smallest whose accuracy
 drops by no more than `--tolerance` against float, or than chance explains. The figures go to `quantize_results.json`,
@@ -39,7 +40,7 @@ from repvgg_hf.training.splits import FOLDER, DataArguments, check_picture_folde
 from repvgg_hf.training.sweep_report import accuracy_fields, choose, sweep_table, training_helps, waste, why
 
 # what calibration adds, in this order, and what each is when it is off
-STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False}
+STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
 
 
 @dataclass
@@ -141,7 +142,7 @@ class SweepCalibration(CalibrationConfig):
         if args.calibration_images == 0:
             return {"quantized": self.config()}
         if not args.ablation:
-            return {"calibrated": self.config()}
+            return {"tuned" if self.tuning_steps else "calibrated": self.config()}
         steps = {"quantized": self.config(**STEPS_OFF)}
         for name, off in STEPS_OFF.items():
             if getattr(self, name) != off:
@@ -157,7 +158,7 @@ class Trial:
         name: of its folder.
         label: of its line in the figures.
         bits: of a weight's code; a target if they differ between layers.
-        stage: how its weights are found: quantized (without images), calibrated, the last step added, or mixed.
+        stage: how its weights are found: quantized (without images), calibrated, tuned, the last step added, or mixed.
         config, calibration: the arguments of `quantize()`; `calibration` is `None` where no images are used.
     """
 
@@ -174,6 +175,7 @@ def plan(args: QuantizeArguments, sweep: SweepOptions, calibration: SweepCalibra
     needs_images = {
         "ablation": args.ablation,
         "target_bits_per_weight": calibration.target_bits_per_weight,
+        "tuning_steps": calibration.tuning_steps,
         "activation_bits": sweep.activation_bits is not None,
     }
     for name, given in needs_images.items():

@@ -70,6 +70,9 @@ class PTQStudyArguments:
     others: bool = field(
         default=True, metadata={"help": "Lines with quantized activations and of mixed precision, too."}
     )
+    tuned_targets: list[float] = field(
+        default_factory=list, metadata={"help": "Bits per weight of further lines of mixed precision, tuned."}
+    )
     dataset_title: str = field(default="CIFAR-10", metadata={"help": "What to call the dataset in the tables."})
     peers: list[str] = field(
         default_factory=list, metadata={"help": "Libraries to compare with: coremltools, nncf, onnxruntime."}
@@ -163,6 +166,9 @@ def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, Line]:
     for target in TARGETS if study.others else ():
         title = f"mixed precision, target {target}"
         chosen[title] = ours(title, {}, {"target_bits_per_weight": target}, images)
+    for target in study.tuned_targets:
+        title = f"mixed precision, tuned, target {target}"
+        chosen[title] = ours(title, CHANNEL, TUNED | {"target_bits_per_weight": target}, images)
     for library in study.peers:
         for peer in peer_methods(library):
             for bits in study.bits:

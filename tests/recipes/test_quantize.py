@@ -12,14 +12,14 @@ from repvgg_hf.compression.ptq.config import CalibrationConfig
 from repvgg_hf.training.processors import make_processor
 
 CALIBRATED = "--calibration_images 48 --calibration_batch_size 16 --max_eval_samples 40".split()
-STEPS = ("sensitivity", "error_compensation", "bias_correction")
+STEPS = ("sensitivity", "error_compensation", "bias_correction", "tuning_steps")
 
 
 def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     output = run(
         "quantize", "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 3,
         "--granularity", "per_channel", *CALIBRATED, "--ablation", "True", "--sensitivity", "fisher",
-        "--target_bits_per_weight", 5.5, "--activation_range", "minmax",
+        "--target_bits_per_weight", 5.5, "--activation_range", "minmax", "--tuning_steps", 2,
     )  # fmt: skip
     record = json.loads((tmp_path / "quantize_results.json").read_text())
     assert record["calibration_images"] == 48 and record["images"] == 40 and record["peers"] == []
@@ -30,8 +30,8 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     fields = {"method": "cluster", "granularity": "per_channel", "channel_scale": False, "activation_bits": None}
     assert all(row.items() >= fields.items() for row in record["results"][1:])
 
-    off = {"sensitivity": "none", "error_compensation": False, "bias_correction": False}
-    on = {"sensitivity": "fisher", "error_compensation": True, "bias_correction": True}
+    off = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
+    on = {"sensitivity": "fisher", "error_compensation": True, "bias_correction": True, "tuning_steps": 2}
     assert rows["float"]["calibration_config"] is None and rows[plain]["calibration_config"] is None
     for count, step in enumerate(STEPS, 1):
         expected = off | {name: on[name] for name in STEPS[:count]} | {"activation_range": "minmax"}
@@ -116,6 +116,7 @@ BAD = {
     "--calibration_images 0 --ablation True": "--ablation needs images to calibrate on: add --calibration_images",
     "--calibration_images 0 --activation_bits 8": "--activation_bits needs images to calibrate on",
     "--calibration_images 0 --target_bits_per_weight 3.2": "--target_bits_per_weight needs images to calibrate on",
+    "--calibration_images 0 --tuning_steps 9": "--tuning_steps needs images to calibrate on",
     "--calibration_images 8 --target_bits_per_weight 9": "target_bits_per_weight must be from 1 to 8, got 9.0",
     "--calibration_images 8 --sensitivity hessian": "sensitivity must be one of none, fisher, got 'hessian'",
     "--tolerance -1": "--tolerance must be from 0 to 100 percentage points, got -1.0",

@@ -105,7 +105,7 @@ class TestPlan:
             f"tiny_imagenet/{norm}-0/train" for norm in ("bn", "oabn-k-24", "oabn-k-6", "oabn-k-48")
         ]
         for cell in cells:  # the test images are for measuring alone
-            evaluates = cell.facts.get("kind") in ("ptq", "qat", "further")
+            evaluates = cell.facts.get("kind") in ("ptq", "more", "qat", "further")
             assert (cell.options[4:6] == ("--validation_split_name", "test")) == evaluates, cell
 
     def test_more_options_go_to_the_commands_that_have_them(self):
@@ -169,10 +169,11 @@ def records(drops: dict[str, list[float]]) -> list[dict]:
             }
             for name, bits, stored, library in (
                 ("k-means, tensor and scale, calibrated", 4, 4.1, None),
-                ("k-means, tensor and scale, calibrated", 3, 3.1, None),
+                ("k-means, channel, tuned", 3, 3.1, None),
+                ("mixed precision, tuned, target 2.1", None, 2.1, None),
                 ("theirs", 4, 3.6, "nncf"),
             ):
-                top1 = 90.0 + seed - drop - (4 - bits)
+                top1 = 90.0 + seed - drop - (4 - (bits or 2))
                 rows[f"{name}|{bits}"] = {"line": name, "bits": bits, "bits_per_weight": stored, "top1": top1}
                 rows[f"{name}|{bits}"] |= {"library": library}
             result = {"models": {norm: {key: {"activation_bits": None} | row for key, row in rows.items()}}}
@@ -211,12 +212,14 @@ class TestReport:
         assert (tmp_path / "report.md").read_text() == page and (tmp_path / "report-cifar10.svg").is_file()
         lines = page.splitlines()
         assert "| CIFAR-10 | k-means, tensor and scale, calibrated, 4 bit | 0.1 | -0.05 ± 0.12 |  | holds |" in lines
-        assert "| CIFAR-10 | k-means, tensor and scale, calibrated, 3 bit | 0.3 | -1.05 ± 0.12 |  | not |" in lines
+        assert "| CIFAR-10 | k-means, channel, tuned, 3 bit | 0.3 | -1.05 ± 0.12 |  | not |" in lines
+        assert "| CIFAR-10 | mixed precision, tuned, target 2.1 | 1.5 | -2.05 ± 0.12 |  | not |" in lines
+        assert "| mixed precision, tuned, target 2.1 | 2.10 | 88.95 ± 0.95 |" in lines
         assert "| CIFAR-10 | ClusterQAT, all switches, 2 bit | 0.7 | -0.05 ± 0.12 | -0.55 ± 0.12 | holds |" in lines
         assert "| CIFAR-10, OABN | 91.00 ± 1.00 | +0.00 ± 0.00 |" in lines
         assert "| theirs | 3.60 | 90.95 | 90.45 | -0.50 |" in lines  # half way between 89.95 at 3.1 and 90.95 at 4.1
         rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-        assert len(rows) == 6 * (4 + 1 + 1)
+        assert len(rows) == 6 * (5 + 1 + 1)
 
     def test_activations_after_training_are_no_part_of_those_in_training(self, tmp_path):
         found = records({"OABN": [0.0, 0.0]})
