@@ -14,7 +14,8 @@ from pathlib import Path
 from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
-from repvgg_hf.recipes.studies.whole_report import ACTIVATIONS, MAIN, TUNED, write_report
+from repvgg_hf.recipes.studies.whole_report import write_report
+from repvgg_hf.recipes.studies.whole_tables import ACTIVATIONS, MAIN, TUNED
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.splits import DataArguments
 

@@ -1,259 +1,51 @@
-"""The report of the study `whole`: claims with verdicts, tables and a figure, made from the cells' files alone."""
+"""The report of the study `whole`: its questions, each with a verdict, tables and a figure, from the cells' files."""
 
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import t as student
-
 from repvgg_hf.analysis.plots import plot_accuracy
+from repvgg_hf.recipes.studies.whole_tables import (
+    CALIBRATED,
+    MAIN,
+    SWITCHES,
+    TITLES,
+    TUNED,
+    Difference,
+    Row,
+    bars,
+    frontier,
+    hours,
+    kernels,
+    kurtoses,
+    norms,
+    overhead,
+    rows_of,
+    shared_out,
+    table,
+)
 from repvgg_hf.training.report import write_json
 
-TITLES = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet"}
-CALIBRATED = "k-means, tensor and scale, calibrated"
-PER_CHANNEL = "k-means, channel, + bias correction"
-TUNED = "k-means, channel, tuned"
-MIXED = "mixed precision, tuned, target 2.1"
-SWITCHES = "ClusterQAT, all switches"
-ACTIVATIONS = "ClusterQAT, W4A8"  # apart from W4A8 after training
-# percentage points that a quantized network may lose on average: by task, and by bits or line
-PTQ_BARS = {
-    "cifar10": {(CALIBRATED, 8): 0.0, (CALIBRATED, 4): 0.1, (TUNED, 3): 0.3, (TUNED, 2): 1.5, (MIXED, None): 1.5},
-    "tiny_imagenet": {(CALIBRATED, 4): 0.5},
-}
-QAT_BARS = {"cifar10": {4: 0.0, 3: 0.1, 2: 0.7, 1: 2.5}, "tiny_imagenet": {4: 0.3, 3: 0.8, 2: 3.0}}
-W4A8_BAR = 0.2
-MAIN = {"cifar10": "OABN", "tiny_imagenet": "OABN, k 24"}  # a bound of 6 leaves wide layers' identities little
-
-
-@dataclass(frozen=True)
-class Row:
-    """One network's accuracy: `line` at so many `bits`, and the bits that a weight takes in the file."""
-
-    task: str
-    norm: str
-    seed: int
-    line: str
-    bits: int | None
-    activation_bits: int | None
-    stored: float
-    top1: float
-    library: str | None = None  # another one, whose method the line is
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired differences over seeds, in percentage points: their mean, and half of the 95 % interval of the mean.
-
-    The interval is Student's; one seed has none.
-    """
-
-    mean: float
-    half: float | None
-    seeds: int
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Difference":
-        count = len(values)
-        half = None
-        if count > 1:
-            half = student.ppf(0.975, count - 1) * statistics.stdev(values) / count**0.5
-        return cls(statistics.mean(values), half, count)
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f}" + (f" ± {self.half:.2f}" if self.half is not None else " (one seed)")
-
-    def verdict(self, bar: float) -> str:
-        """Tell whether a drop, which is negative, is within the `bar`.
-
-        "holds" if its mean is, or of a bar of 0 if the interval includes 0; "partly" if the interval reaches the bar.
-        """
-        reach = self.mean + (self.half or 0.0)
-        if self.mean >= -bar or (bar == 0 and reach >= 0):
-            return "holds"
-        return "partly" if reach >= -bar else "not"
-
-
-def rows_of(records: Iterable[dict], split: str) -> list[Row]:
-    """Return every accuracy on the `split` that the cells hold."""
-    rows = []
-    for record in records:
-        if record.get("split") != split:
-            continue
-        where, result = (record["task"], record["norm"], record["seed"]), record["result"]
-        if record["kind"] == "ptq":
-            for row in next(iter(result["models"].values())).values():
-                line = (*where, row["line"], row["bits"], row["activation_bits"])
-                rows.append(Row(*line, row["bits_per_weight"], row["top1"], row.get("library")))
-        elif record["kind"] == "qat":
-            packed = next(row for row in result["results"] if row["stage"] == "packed")
-            line = (*where, record["line"], record["bits"], record.get("activation_bits"))
-            rows.append(Row(*line, packed["bits_per_weight"], packed["top1"]))
-        elif record["kind"] == "further":
-            rows.append(Row(*where, "float, further epochs", 32, None, 32.0, result["eval_top1"]))
-    return rows
-
-
-def drops(rows: list[Row], task: str, norm: str, line: str, bits: int | None, base: str = "float") -> list[float]:
-    """Return the accuracy of a line less that of `base`, for each seed that has both."""
-    of = {row.seed: row.top1 for row in rows if (row.task, row.norm, row.line) == (task, norm, base)}
-    found = [row for row in rows if (row.task, row.norm, row.line, row.bits) == (task, norm, line, bits)]
-    return [row.top1 - of[row.seed] for row in found if row.seed in of]
-
-
-def bars(rows: list[Row]) -> list[str]:
-    """Return the table of what was to be reached."""
-    lines = ["| network | weights | may lose | against float | after further epochs | verdict |", "|" + "---|" * 6]
-    wanted = [(task, line, bits, bar) for task, by_line in PTQ_BARS.items() for (line, bits), bar in by_line.items()]
-    wanted += [(task, SWITCHES, bits, bar) for task, by_bits in QAT_BARS.items() for bits, bar in by_bits.items()]
-    wanted += [("cifar10", ACTIVATIONS, 4, W4A8_BAR)]
-    for task, line, bits, bar in wanted:
-        against = drops(rows, task, MAIN[task], line, bits)
-        if against:
-            drop = Difference.of(against)
-            further = drops(rows, task, MAIN[task], line, bits, "float, further epochs")
-            beside = str(Difference.of(further)) if further and line in (SWITCHES, ACTIVATIONS) else ""
-            title = line if bits is None else f"{line}, {bits} bit"
-            cells = (TITLES[task], title, f"{bar:.1f}", str(drop), beside, drop.verdict(bar))
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def table(rows: list[Row], task: str, norm: str, keep: Callable[[Row], bool]) -> list[str]:
-    """Return a table of lines against bits: the mean over seeds, and the standard deviation."""
-    rows = [row for row in rows if (row.task, row.norm) == (task, norm) and keep(row)]
-    if not rows:
-        return []
-    bits = sorted({row.bits for row in rows if row.bits is not None}, reverse=True)
-    head = " | ".join(f"{count} bit" for count in bits)
-    lines = ["", f"| {TITLES[task]}, {norm} | {head} |", "|---|" + "---|" * len(bits)]
-    for line in dict.fromkeys(row.line for row in rows):
-        cells = [[row.top1 for row in rows if (row.line, row.bits) == (line, count)] for count in bits]
-        lines.append(f"| {line} | {' | '.join(map(spread, cells))} |")
-    return lines
-
-
-def shared_out(rows: list[Row], task: str, norm: str) -> list[str]:
-    """Return the table of lines whose layers have bits of their own: what a weight takes, and the mean accuracy."""
-    rows = [row for row in rows if (row.task, row.norm) == (task, norm) and row.bits is None]
-    if not rows:
-        return []
-    lines = ["", f"| {TITLES[task]}, {norm}: bits shared out | stored bits | top-1 |", "|---|---|---|"]
-    for line in dict.fromkeys(row.line for row in rows):
-        of_line = [row for row in rows if row.line == line]
-        stored = statistics.mean(row.stored for row in of_line)
-        lines.append(f"| {line} | {stored:.2f} | {spread([row.top1 for row in of_line])} |")
-    return lines
-
-
-def spread(values: list[float]) -> str:
-    """Return the mean over seeds with the standard deviation, the empty string for no value."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def kernels(records: Iterable[dict], split: str) -> list[str]:
-    """Return the table of the kernels' kurtosis, before and after fusing."""
-    lines = ["| network | kurtosis of the branches | of the fused kernels |", "|---|---|---|"]
-    for record in records:
-        if record.get("kind") == "ptq" and record["split"] == split:
-            tails = next(iter(record["result"]["models"].values()))["float"]["kernels"]
-            cells = []
-            for part in ("branches", "fused"):
-                values = [kernel["kurtosis"] for kernel in tails[part] if len(kernel["shape"]) == 4]
-                cells.append(f"{statistics.median(values):.1f}, at most {max(values):.0f}")
-            lines.append(f"| {TITLES[record['task']]}, {record['norm']}, seed {record['seed']} | {' | '.join(cells)} |")
-    return lines
-
-
-def norms(rows: list[Row]) -> list[str]:
-    """Return the table of what OABN costs in float: every kind of it less batch norm, paired by seed."""
-    lines = ["| network | top-1 in float | less batch norm's |", "|---|---|---|"]
-    floats = [row for row in rows if row.line == "float"]
-    for task, norm in dict.fromkeys((row.task, row.norm) for row in floats):
-        own = {row.seed: row.top1 for row in floats if (row.task, row.norm) == (task, norm)}
-        plain = {row.seed: row.top1 for row in floats if (row.task, row.norm) == (task, "BN")}
-        paired = [own[seed] - plain[seed] for seed in own if seed in plain and norm != "BN"]
-        difference = str(Difference.of(paired)) if paired else ""
-        lines.append(f"| {TITLES[task]}, {norm} | {spread(list(own.values()))} | {difference} |")
-    return lines
-
-
-def frontier(rows: list[Row], task: str, norm: str) -> list[str]:
-    """Return the table of other libraries' points against ours at the same stored bits, interpolated."""
-    means: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if (row.task, row.norm) == (task, norm) and row.activation_bits is None and row.line != "float":
-            means.setdefault((row.line, row.bits), []).append(row)
-    points = [
-        (found[0], statistics.mean(row.stored for row in found), statistics.mean(row.top1 for row in found))
-        for found in means.values()
-    ]
-    best = (CALIBRATED, PER_CHANNEL, TUNED)
-    ours = best_at_most([(stored, top1) for row, stored, top1 in points if row.line in best or row.bits is None])
-    theirs = [(row.line, stored, top1) for row, stored, top1 in points if row.library is not None]
-    lines = []
-    for line, stored, top1 in sorted(theirs, key=lambda point: point[1]):
-        own = interpolated(ours, stored)
-        if own is not None:
-            lines.append(f"| {line} | {stored:.2f} | {top1:.2f} | {own:.2f} | {own - top1:+.2f} |")
-    if not lines:
-        return []
-    head = f"| {TITLES[task]}, {norm}: other libraries | stored bits | top-1 | ours there | difference |"
-    return ["", head, "|---|---|---|---|---|", *lines]
-
-
-def best_at_most(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no other one beats with as few bits, by their bits."""
-    kept: list[tuple[float, float]] = []
-    for stored, top1 in sorted(points):
-        if not kept or top1 > kept[-1][1]:
-            kept.append((stored, top1))
-    return kept
-
-
-def interpolated(points: list[tuple[float, float]], stored: float) -> float | None:
-    """Return the accuracy between points at so many stored bits; `None` below the first."""
-    if not points or stored < points[0][0]:
-        return None
-    for (low, first), (high, second) in zip(points, points[1:]):
-        if low <= stored <= high:
-            return first + (second - first) * (stored - low) / (high - low)
-    return points[-1][1]
-
-
-def hours(records: Iterable[dict]) -> list[str]:
-    """Return the table of the wall time of each kind of cell."""
-    seconds: dict[str, list[float]] = {}
-    for record in records:
-        seconds.setdefault(record.get("kind", "data"), []).append(record["seconds"])
-    lines = ["| cells | number | hours |", "|---|---|---|"]
-    return lines + [f"| {kind} | {len(found)} | {sum(found) / 3600:.2f} |" for kind, found in seconds.items()]
+FURTHER = "float, further epochs"
+ORDER = ("not", "partly", "holds")
 
 
 def write_report(records: list[dict], folder: Path, split: str) -> str:
-    """Write `report.md` into the study's `folder`, with a figure and the rows as `report.json`; returns the text."""
+    """Write `report.md` into the study's `folder`, with figures and the rows as `report.json`; returns the text."""
     rows = rows_of(records, split)
     images = "held-out training images, on which choices are made" if split == "validation" else "test images"
     text = [f"# What holds, on {images}", "", "Percent or percentage points; ± over seeds: the standard deviation"]
-    text += ["of an accuracy, the 95 % interval (Student's) of the mean of a paired difference.", ""]
-    text += ["## What was to be reached", "", *bars(rows), "", "## What bounding the branches costs", "", *norms(rows)]
-    text += ["", "## Where outliers arise", "", *kernels(records, split), "", "## Quantized after training"]
-    tasks = list(dict.fromkeys((row.task, row.norm) for row in rows))
-    trained = {record["line"] for record in records if record.get("kind") == "qat"} | {"float, further epochs"}
-    for task, norm in tasks:
-        plain = [row for row in rows if row.bits is not None]
-        text += table(plain, task, norm, lambda row: row.line not in trained and row.activation_bits is None)
-        text += shared_out(rows, task, norm)
-        text += table(rows, task, norm, lambda row: row.line not in trained and row.activation_bits is not None)
-        text += frontier(rows, task, norm)
-    text += ["", "## Trained with quantized weights"]
-    for task, norm in tasks:
-        text += table(rows, task, norm, lambda row: row.line in trained)
+    text += ["of an accuracy, the 95 % interval (Student's) of the mean of a paired difference."]
+    for title, section in (
+        ("Does fusing make outliers, does OABN remove them, and does it cost accuracy in float?", branches),
+        ("What do other bounds cost, and give?", thresholds),
+        ("What remains after training, without labels?", after_training),
+        ("What remains where the training sees quantized weights?", in_training),
+        ("What does such a training cost?", cost),
+    ):
+        found = section(rows, records, split)
+        text += ["", f"## {title}", "", *(found or ["Not measured."])]
     text += ["", "## Time", "", *hours(records)]
-    for task in dict.fromkeys(task for task, _ in tasks):
+    for task in dict.fromkeys(row.task for row in rows):
         points = figure_rows(rows, task)
         if any(point["label"] != "float" for point in points):
             plot_accuracy(points, folder / f"report-{task}", title=TITLES[task])
@@ -262,6 +54,92 @@ def write_report(records: list[dict], folder: Path, split: str) -> str:
     (folder / "report.md").write_text(page, encoding="utf-8")
     write_json(folder / "report.json", {"split": split, "rows": [vars(row) for row in rows]})
     return page
+
+
+def branches(rows: list[Row], records: list[dict], split: str) -> list[str]:
+    """What fusing does to the kernels, and what OABN costs.
+
+    Fusing makes outliers if the median kernel of each network with batch norm has more than twice its branches'
+    kurtosis, and OABN removes them if the largest kurtosis of each network with it is at most twice its branches'.
+    """
+    tails = kurtoses(records, split)
+    if not tails:
+        return []
+    plain = [found for (_, norm, _), found in tails.items() if norm == "BN"]
+    bounded = [found for (task, norm, _), found in tails.items() if norm == MAIN[task]]
+    text = []
+    if plain:
+        ratios = [statistics.median(found["fused"]) / statistics.median(found["branches"]) for found in plain]
+        text.append(f"- Fusing makes outliers: {share([ratio > 2 for ratio in ratios])}.")
+    if bounded:
+        ratios = [max(found["fused"]) / max(found["branches"]) for found in bounded]
+        text.append(f"- OABN removes them: {share([ratio <= 2 for ratio in ratios])}.")
+    for task in dict.fromkeys(row.task for row in rows):
+        own, base = (
+            {row.seed: row.top1 for row in rows if (row.task, row.norm, row.line) == (task, norm, "float")}
+            for norm in (MAIN[task], "BN")
+        )
+        paired = [own[seed] - base[seed] for seed in own if seed in base]
+        if paired:
+            difference = Difference.of(paired)
+            text.append(f"- It costs nothing in float on {TITLES[task]}: {difference.verdict(0.0)} ({difference}).")
+    return [*text, "", *kernels(records, split), "", *norms(rows)]
+
+
+def share(held: list[bool]) -> str:
+    """Return the verdict on what is so in each network, or in some."""
+    verdict = "holds" if all(held) else "partly" if any(held) else "not"
+    return f"{verdict} ({sum(held)} of {len(held)} networks)"
+
+
+def thresholds(rows: list[Row], records: list[dict], split: str) -> list[str]:
+    """Networks with other bounds: their accuracy in float is in the table above, here it is quantized."""
+    text: list[str] = []
+    for task, norm in dict.fromkeys((row.task, row.norm) for row in rows):
+        if norm not in ("BN", MAIN[task]):
+            text += table(rows, task, norm, lambda row: row.activation_bits is None)
+    return text[1:]
+
+
+def after_training(rows: list[Row], records: list[dict], split: str) -> list[str]:
+    """What was to be reached without labels, then all lines, other libraries' against ours."""
+    trained = trained_lines(records)
+    of_it = [row for row in rows if row.line not in trained]
+    text = [*bars(rows, lambda line: line not in trained)]
+    for task, norm in main_networks(rows):
+        plain = [row for row in of_it if row.bits is not None]
+        text += table(plain, task, norm, lambda row: row.activation_bits is None)
+        text += shared_out(of_it, task, norm)
+        text += table(of_it, task, norm, lambda row: row.activation_bits is not None)
+        text += frontier(rows, task, norm)
+    return text
+
+
+def in_training(rows: list[Row], records: list[dict], split: str) -> list[str]:
+    """What was to be reached by trainings with quantized weights, then all of them."""
+    trained = trained_lines(records)
+    if not any(row.line in trained for row in rows):
+        return []
+    text = [*bars(rows, lambda line: line in trained)]
+    for task, norm in main_networks(rows):
+        text += table(rows, task, norm, lambda row: row.line in trained)
+    return text
+
+
+def cost(rows: list[Row], records: list[dict], split: str) -> list[str]:
+    """Time and memory of a step."""
+    return overhead(records)
+
+
+def trained_lines(records: list[dict]) -> set[str]:
+    """The lines of trainings that go on from a float network."""
+    return {record["line"] for record in records if record.get("kind") == "qat"} | {FURTHER}
+
+
+def main_networks(rows: list[Row]) -> list[tuple[str, str]]:
+    """(task, norm) of the networks that all lines are of."""
+    found = dict.fromkeys((row.task, row.norm) for row in rows)
+    return [(task, norm) for task, norm in found if norm in ("BN", MAIN[task])]
 
 
 def figure_rows(rows: list[Row], task: str) -> list[dict]:
@@ -281,4 +159,4 @@ def figure_rows(rows: list[Row], task: str) -> list[dict]:
     ]
 
 
-__all__ = ["Difference", "Row", "rows_of", "write_report"]
+__all__ = ["write_report"]
