@@ -39,6 +39,17 @@ class PeerMethod:
     activation_bits: int | None = None
 
 
+class Logits(nn.Module):
+    """The model with tensors only going in and out."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits
+
+
 def peer_methods(name: str) -> list[PeerMethod]:
     """All methods of a library. Raises `ValueError` for an unknown one, `ImportError` if it isn't installed."""
     if name not in PEERS:

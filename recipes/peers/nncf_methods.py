@@ -27,7 +27,7 @@ from nncf.quantization.advanced_parameters import (
 )
 from torch import nn
 
-from repvgg_hf.recipes.peers import PeerMethod
+from repvgg_hf.recipes.peers import Logits, PeerMethod
 
 INTEGERS = {8: Mode.INT8_ASYM, 4: Mode.INT4_ASYM, 3: Mode.INT3_SYM, 2: Mode.INT2_SYM}  # there is no asymmetric 3 or 2
 # a scale for 16 to 64 inputs, whichever divides a layer's: what NNCF recommends below 8 bits
@@ -63,17 +63,6 @@ class PatchLinear(nn.Module):
         return self.linear(patches).reshape(x.shape[0], out_h, out_w, -1).permute(0, 3, 1, 2)
 
 
-class _Logits(nn.Module):
-    """The model with tensors only going in and out."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values).logits
-
-
 @torch.no_grad()
 def as_openvino(model: nn.Module, images: torch.Tensor) -> openvino.Model:
     """`model` as an OpenVINO model in which every convolution is a matrix multiplication."""
@@ -81,7 +70,7 @@ def as_openvino(model: nn.Module, images: torch.Tensor) -> openvino.Model:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Conv2d):
             model.set_submodule(name, PatchLinear(layer))
-    return openvino.convert_model(_Logits(model), example_input=images)
+    return openvino.convert_model(Logits(model), example_input=images)
 
 
 @torch.no_grad()

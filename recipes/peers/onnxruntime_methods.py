@@ -18,7 +18,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from repvgg_hf.recipes.peers import PeerMethod
+from repvgg_hf.recipes.peers import Logits, PeerMethod
 
 IMAGES = "pixel_values"
 
@@ -51,24 +51,13 @@ class Session(nn.Module):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-class _Logits(nn.Module):
-    """The model with tensors only going in and out."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values).logits
-
-
 def quantize(model: nn.Module, bits: int, batches: list[torch.Tensor]) -> tuple[nn.Module, int]:
     """`quantize_static` on a fused float model, calibrated on the batches."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported, prepared, quantized = (str(Path(folder, f"{name}.onnx")) for name in ("float", "prepared", "int8"))
         program = torch.onnx.export(
-            _Logits(model).eval(),
+            Logits(model).eval(),
             (batches[0][:2],),
             dynamo=True,
             input_names=[IMAGES],
