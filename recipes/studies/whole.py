@@ -173,7 +173,20 @@ class Planner:
         """What becomes of a trained network: quantized after training, trained on in float, and quantized."""
         widths = ("--bits", "8", "4", "3", "2")
         cells = [self.after_training("ptq", norm, seed, (*widths, "--methods", *AFTER_TRAINING))]
-        lines = ("--bits", "3", "2", "--methods", TUNED, "--others", "False", "--tuned_targets", "2.1", "2.33")
+        lines = (
+            "--bits",
+            "3",
+            "2",
+            "--methods",
+            TUNED,
+            "--others",
+            "False",
+            "--tuned_targets",
+            "1.5",
+            "1.75",
+            "2.1",
+            "2.33",
+        )
         cells.append(self.after_training("tuned", norm, seed, lines))
         for library in self.args.peers:
             lines = (*widths, "--methods", "none", "--others", "False", "--peers", library)
