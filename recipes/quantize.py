@@ -37,7 +37,15 @@ from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model, l
 from repvgg_hf.training.models import build_processor, dequantize_field, load_float
 from repvgg_hf.training.report import quantization_fields, write_json
 from repvgg_hf.training.splits import FOLDER, DataArguments, check_picture_folder, load_splits
-from repvgg_hf.training.sweep_report import accuracy_fields, choose, sweep_table, training_helps, waste, why
+from repvgg_hf.training.sweep_report import (
+    accuracy_fields,
+    choose,
+    sweep_table,
+    training_helps,
+    tuning_helps,
+    waste,
+    why,
+)
 
 # what calibration adds, in this order, and what each is when it is off
 STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
@@ -306,6 +314,8 @@ def report(record: dict, args: QuantizeArguments, data_args: DataArguments, give
     folder = [data_args.dataset_name] if FOLDER[0] in given else []
     command = [*folder, "--model_name_or_path", args.model_name_or_path, *itertools.chain(*data)]
     sentences = [why(chosen, small, images, args.tolerance, float_row), *map(waste, rows)]
+    if record["calibration_images"]:
+        sentences.append(tuning_helps(rows, chosen, small, images, command))
     sentences.append(training_helps(rows, chosen, small, images, command))
     if record["calibration_images"] == 0 and sentences[-1] is not None:
         sentences.append("Calibration comes first: without --calibration_images 0 it needs no training and no labels.")

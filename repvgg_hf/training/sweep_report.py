@@ -109,16 +109,30 @@ def waste(row: dict) -> str | None:
     return f"{what}, as its layers have few weights for a codebook of {entries} entries{instead}."
 
 
+def tuning_helps(rows: list[dict], chosen: dict, small: bool, images: int, command: list[str]) -> str | None:
+    """Return the sentence about tuning and bits shared out; `None` if `rows` have these, or the fewest bits need none.
+
+    `command` are the options that name the float checkpoint and the images.
+    """
+    found = _fewest_missed(rows, chosen, small)
+    if found is None or any(row["stage"] in ("tuned", "mixed") for row in rows):
+        return None
+    drop, bits = drop_of(found, images), f"{found['bits']:g}"
+    more = ["--granularity", "per_channel", "--bits", bits, "--target_bits_per_weight", f"{found['bits'] + 0.1:.1f}"]
+    return (
+        f"Fewer bits without labels: of the {drop.points:.1f} points that {found['model']} drops, tuning wins some "
+        "back, and so do bits for each layer by its need: "
+        f"repvgg-hf quantize {shlex.join([*command, *more, '--tuning_steps', '300'])}"
+    )
+
+
 def training_helps(rows: list[dict], chosen: dict, small: bool, images: int, command: list[str]) -> str | None:
     """Return the sentence about training with quantized weights; `None` if the fewest bits of `rows` need none.
 
     `command` are the options that name the float checkpoint and the images.
     """
-    rows = [row for row in rows if row["stage"] != "mixed"]  # training takes the same bits for all layers
-    if not rows:
-        return None
-    fewest = min(rows, key=lambda row: (row["bits"], row["bytes"]))
-    if small and chosen["bits"] <= fewest["bits"]:
+    fewest = _fewest_missed(rows, chosen, small)
+    if fewest is None:
         return None
     drop = drop_of(fewest, images)
     bits = f"{fewest['bits']:g}"
@@ -126,3 +140,12 @@ def training_helps(rows: list[dict], chosen: dict, small: bool, images: int, com
         f"Fewer bits by training: {fewest['model']} drops {drop.points:.1f} points without any, of which "
         f"quantization-aware training may win some back: repvgg-hf qat {shlex.join([*command, '--bits', bits])}"
     )
+
+
+def _fewest_missed(rows: list[dict], chosen: dict, small: bool) -> dict | None:
+    """Return the row with the fewest bits, the same for all layers; `None` if it is as good as wanted."""
+    rows = [row for row in rows if row["stage"] != "mixed"]
+    if not rows:
+        return None
+    fewest = min(rows, key=lambda row: (row["bits"], row["bytes"]))
+    return None if small and chosen["bits"] <= fewest["bits"] else fewest

@@ -4,7 +4,15 @@ import re
 
 import pytest
 
-from repvgg_hf.training.sweep_report import accuracy_fields, choose, sweep_table, training_helps, waste, why
+from repvgg_hf.training.sweep_report import (
+    accuracy_fields,
+    choose,
+    sweep_table,
+    training_helps,
+    tuning_helps,
+    waste,
+    why,
+)
 
 IMAGES = 200
 FLOAT = [True] * 180 + [False] * 20
@@ -41,6 +49,14 @@ def test_training_is_named_only_where_fewer_bits_need_it():
     rows, command = [row("w4", 4, 1000, 0), row("w2", 2, 500, 40)], ["--model_name_or_path", "a run"]
     told = training_helps(rows, *choose(rows, IMAGES, 1.0), IMAGES, command)
     assert "w2 drops 20.0 points" in told and told.endswith("repvgg-hf qat --model_name_or_path 'a run' --bits 2")
+    told = tuning_helps(rows, *choose(rows, IMAGES, 1.0), IMAGES, command)
+    assert "20.0 points that w2 drops" in told and told.endswith(
+        "repvgg-hf quantize --model_name_or_path 'a run' --granularity per_channel --bits 2 "
+        "--target_bits_per_weight 2.1 --tuning_steps 300"
+    )
+    tuned = [*rows, row("w3-tuned", 3, 750, 3, stage="tuned")]
+    assert tuning_helps(tuned, *choose(tuned, IMAGES, 1.0), IMAGES, command) is None
+    assert tuning_helps(rows[:1], *choose(rows[:1], IMAGES, 1.0), IMAGES, command) is None
     assert training_helps(rows[:1], *choose(rows[:1], IMAGES, 1.0), IMAGES, command) is None
     assert training_helps(rows[1:], *choose(rows[1:], IMAGES, 1.0), IMAGES, command) is not None
 
