@@ -315,7 +315,8 @@ def report(record: dict, args: QuantizeArguments, data_args: DataArguments, give
     command = [*folder, "--model_name_or_path", args.model_name_or_path, *itertools.chain(*data)]
     sentences = [why(chosen, small, images, args.tolerance, float_row), *map(waste, rows)]
     if record["calibration_images"]:
-        sentences.append(tuning_helps(rows, chosen, small, images, command))
+        asked = ["--calibration_images", str(args.calibration_images)] if "calibration_images" in given else []
+        sentences.append(tuning_helps(rows, chosen, small, images, [*command, *asked]))
     sentences.append(training_helps(rows, chosen, small, images, command))
     if record["calibration_images"] == 0 and sentences[-1] is not None:
         sentences.append("Calibration comes first: without --calibration_images 0 it needs no training and no labels.")

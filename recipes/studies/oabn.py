@@ -85,22 +85,6 @@ def markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(record: dict) -> str:
-    """A short table for the README: without 6 bits, and with the range of the kernels' kurtosis."""
-    norms = record["norms"]
-    lines = ["| " + record["dataset"] + ", top-1 | " + " | ".join(norms) + " |", "|---|" + "---|" * len(norms)]
-    for rows in zip(*(norm["results"] for norm in norms.values())):
-        if rows[0]["bits"] in (32, 8, 4, 3):
-            accuracies = " | ".join(f"{row['top1']:.1f}" for row in rows)
-            lines.append(f"| {rows[0]['model']} | {accuracies} |")
-    ranges = []
-    for norm in norms.values():
-        kurtosis = [kernel["kurtosis"] for kernel in norm["kernels"] if len(kernel["shape"]) == 4]
-        ranges.append(f"{min(kurtosis):.0f} to {max(kurtosis):.0f}")
-    lines.append("| kurtosis of the fused kernels | " + " | ".join(ranges) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> dict:
     (args,), _ = parse_arguments((OABNStudyArguments,), arguments)
     norms = {norm: study_norm(norm, args) for norm in NORMS}

@@ -132,6 +132,26 @@ def table(rows: list[Row], task: str, norm: str, keep: Callable[[Row], bool]) ->
     return lines
 
 
+def summary(rows: list[Row], task: str = "cifar10") -> str:
+    """Return a short table for the README: mean accuracy of what was done without labels, batch norm beside OABN."""
+    rows = [row for row in rows if row.task == task and row.activation_bits is None and row.library is None]
+    norms = ("BN", MAIN[task])
+    networks = [len({row.seed for row in rows if row.norm == norm}) for norm in norms]
+    heads = [f"{count} with {norm}" for count, norm in zip(networks, norms)]
+    lines = [f"| {TITLES[task]}, networks: | {' | '.join(heads)} |", "|---|---|---|"]
+    for line in dict.fromkeys(row.line for row in rows if row.norm == norms[1]):
+        bits = sorted({row.bits for row in rows if row.line == line and row.bits is not None}, reverse=True)
+        widths = f", {' / '.join(map(str, bits))} bits" if bits not in ([], [32]) else ""
+        cells = []
+        for norm in norms:
+            found = [
+                [row.top1 for row in rows if (row.norm, row.line, row.bits) == (norm, line, b)] for b in bits or [None]
+            ]
+            cells.append(" / ".join(f"{statistics.mean(values):.1f}" if values else "" for values in found))
+        lines.append(f"| {line}{widths} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def shared_out(rows: list[Row], task: str, norm: str) -> list[str]:
     """Return the table of lines whose layers have bits of their own: what a weight takes, and the mean accuracy."""
     rows = [row for row in rows if (row.task, row.norm) == (task, norm) and row.bits is None]

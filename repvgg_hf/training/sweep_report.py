@@ -1,5 +1,6 @@
 """What a sweep of quantized models comes to: a table, which of them is recommended and why, and what to do next."""
 
+import math
 import shlex
 
 from repvgg_hf.analysis.uncertainty import MOST, PairedDrop, recommend, wilson_interval
@@ -110,19 +111,23 @@ def waste(row: dict) -> str | None:
 
 
 def tuning_helps(rows: list[dict], chosen: dict, small: bool, images: int, command: list[str]) -> str | None:
-    """Return the sentence about tuning and bits shared out; `None` if `rows` have these, or the fewest bits need none.
+    """Return the sentence about tuning and bits shared out; `None` if some of `rows` are tuned, or it needs none.
 
-    `command` are the options that name the float checkpoint and the images.
+    `command` are the options that name the float checkpoint and the images. Each layer having its own bits, the model
+    that it names is as large as the one with the fewest.
     """
     found = _fewest_missed(rows, chosen, small)
-    if found is None or any(row["stage"] in ("tuned", "mixed") for row in rows):
+    if found is None or any((row.get("calibration_config") or {}).get("tuning_steps") for row in rows):
         return None
-    drop, bits = drop_of(found, images), f"{found['bits']:g}"
-    more = ["--granularity", "per_channel", "--bits", bits, "--target_bits_per_weight", f"{found['bits'] + 0.1:.1f}"]
+    stored = math.ceil(10 * found["bits_per_weight"]) / 10
+    more = ["--method", found["method"], "--granularity", found["granularity"], "--bits", f"{found['bits']:g}"]
+    if found["activation_bits"] is not None:
+        more += ["--activation_bits", str(found["activation_bits"])]
+    more += ["--target_bits_per_weight", f"{stored:.1f}", "--tuning_steps", "300"]
     return (
-        f"Fewer bits without labels: of the {drop.points:.1f} points that {found['model']} drops, tuning wins some "
-        "back, and so do bits for each layer by its need: "
-        f"repvgg-hf quantize {shlex.join([*command, *more, '--tuning_steps', '300'])}"
+        f"Fewer bits without labels: of the {drop_of(found, images).points:.1f} points that {found['model']} drops, "
+        "tuning wins some back, and so do bits for each layer by its need: "
+        f"repvgg-hf quantize {shlex.join([*command, *more])}"
     )
 
 
@@ -147,5 +152,5 @@ def _fewest_missed(rows: list[dict], chosen: dict, small: bool) -> dict | None:
     rows = [row for row in rows if row["stage"] != "mixed"]
     if not rows:
         return None
-    fewest = min(rows, key=lambda row: (row["bits"], row["bytes"]))
+    fewest = min(rows, key=lambda row: (row["bits"], row["bytes"], -row["top1"]))
     return None if small and chosen["bits"] <= fewest["bits"] else fewest

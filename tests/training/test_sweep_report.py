@@ -22,6 +22,7 @@ def row(name: str, bits: int, size: int, lost: int, **more) -> dict:
     """A model that is wrong on `lost` images that float has right, and else the same."""
     right = [False] * lost + FLOAT[lost:]
     row = {"model": name, "bits": bits, "bytes": size, "top1": 50 * sum(right) / 100, "stage": "calibrated"}
+    row |= {"method": "cluster", "activation_bits": None, "calibration_config": {"tuning_steps": 0}}
     row |= {"granularity": "per_tensor", "bits_per_weight": bits + 0.1, "bits_per_weight_with_one_codebook": bits + 0.1}
     return row | accuracy_fields(right, FLOAT) | more
 
@@ -51,10 +52,12 @@ def test_training_is_named_only_where_fewer_bits_need_it():
     assert "w2 drops 20.0 points" in told and told.endswith("repvgg-hf qat --model_name_or_path 'a run' --bits 2")
     told = tuning_helps(rows, *choose(rows, IMAGES, 1.0), IMAGES, command)
     assert "20.0 points that w2 drops" in told and told.endswith(
-        "repvgg-hf quantize --model_name_or_path 'a run' --granularity per_channel --bits 2 "
+        "repvgg-hf quantize --model_name_or_path 'a run' --method cluster --granularity per_tensor --bits 2 "
         "--target_bits_per_weight 2.1 --tuning_steps 300"
     )
-    tuned = [*rows, row("w3-tuned", 3, 750, 3, stage="tuned")]
+    few = [row("w2-a4", 2, 500, 40, activation_bits=4), row("w2.1-mixed", 2.1, 510, 30, stage="mixed")]
+    assert "--bits 2 --activation_bits 4 --target" in tuning_helps(few, *choose(few, IMAGES, 1.0), IMAGES, command)
+    tuned = [*rows, row("w3-tuned", 3, 750, 3, calibration_config={"tuning_steps": 300})]
     assert tuning_helps(tuned, *choose(tuned, IMAGES, 1.0), IMAGES, command) is None
     assert tuning_helps(rows[:1], *choose(rows[:1], IMAGES, 1.0), IMAGES, command) is None
     assert training_helps(rows[:1], *choose(rows[:1], IMAGES, 1.0), IMAGES, command) is None

@@ -101,6 +101,8 @@ class CalibrationConfig:
             raise ValueError(
                 f"tuning_learning_rate must be above 0 and below 1, such as 0.001, got {self.tuning_learning_rate!r}."
             )
+        if self.tuning_steps == 0 and self.tuning_learning_rate != type(self).tuning_learning_rate:
+            raise ValueError("tuning_learning_rate does nothing without tuning_steps: give tuning_steps=300, or none.")
         if not isinstance(self.damping, (int, float)) or not self.damping > 0:
             raise ValueError(f"damping must be a positive number, got {self.damping!r}.")
         if not isinstance(self.activation_memory, (int, float)) or not self.activation_memory >= 0:

@@ -9,6 +9,7 @@ codebooks.
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,9 +29,13 @@ from .config import CalibrationConfig
 from .data import CalibrationData
 from .hooks import every_layer_runs
 from .model_inputs import ModelInputs
-from .outputs import class_distance, comparable_outputs, logits_of, relative_error
+from .outputs import class_distance, comparable_outputs, logits_of
 
 logger = get_logger(__name__)
+
+LEAST = 1e-3  # share of a layer's mean square over all data that an error is at least divided by
+EXACT = 1e-12  # loss of a model that needs no tuning
+NEAR = 1e-4  # distance of outputs below which it may grow for the layers' sake
 
 
 class _Decode(torch.autograd.Function):
@@ -114,6 +119,22 @@ class TunedLayer:
         return replace(self.layer, weight=weight, bias=bias)
 
 
+class Calls:
+    """What the layers of a network put out in a forward pass, by name and number of the call."""
+
+    def __init__(self):
+        self.outputs: dict[tuple[str, int], torch.Tensor] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, name: str, output: torch.Tensor) -> None:
+        self.outputs[name, self.counts[name]] = output
+        self.counts[name] += 1
+
+    def clear(self) -> None:
+        self.outputs.clear()
+        self.counts.clear()
+
+
 class Tuning:
     """Compares a network with the float one that it is a copy of, with some layers' tensors in place of its own.
 
@@ -128,8 +149,8 @@ class Tuning:
         self, float_model: nn.Module, layers: dict[str, QuantizedLayer], config: ClusterConfig, last_map: LastMap | None
     ):
         self.float_model, self.model = float_model, copy.deepcopy(float_model).requires_grad_(False)
-        self.wanted: list[torch.Tensor] = []  # what the layers put out, in the order of their calls
-        self.found: list[torch.Tensor] = []
+        self.wanted, self.found = Calls(), Calls()
+        self.least: dict[str, torch.Tensor] = {}
         for name, layer in layers.items():
             quantized = self.model.get_submodule(name)
             if layer.input_range is not None:
@@ -139,33 +160,72 @@ class Tuning:
         self.names = list(layers)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """A context in which both networks leave what their layers put out in `wanted` and `found`."""
+    def watching(self, data: CalibrationData) -> Iterator[None]:
+        """A context in which both networks leave what their layers put out in `wanted` and `found`.
+
+        What the float layers put out for all data is looked at first: its mean square bounds what an error is divided
+        by, as a layer may put out nothing at all for some batch.
+        """
         handles = []
-        for model, outputs in ((self.float_model, self.wanted), (self.model, self.found)):
+        for model, calls in ((self.float_model, self.wanted), (self.model, self.found)):
+            for name in self.names:
 
-            def keep(module, args, output, outputs=outputs):
-                outputs.append(output)
+                def keep(module, args, output, calls=calls, name=name):
+                    calls.add(name, output)
 
-            handles += [model.get_submodule(name).register_forward_hook(keep) for name in self.names]
+                handles.append(model.get_submodule(name).register_forward_hook(keep))
         try:
             with every_layer_runs():
+                self._measure(data)
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def loss(self, batch: ModelInputs, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return how far the network with these `tensors` is from the float one on a batch, 0-dim."""
-        self.wanted.clear(), self.found.clear()
+    @torch.no_grad()
+    def _measure(self, data: CalibrationData) -> None:
+        squares: dict[str, list[torch.Tensor]] = {}
+        for batch in data.batches:
+            self.wanted.clear()
+            batch.run(self.float_model)
+            for (name, _), output in self.wanted.outputs.items():
+                squares.setdefault(name, []).append(output.square().mean())
+        means = {name: torch.stack(found).nanmean() for name, found in squares.items()}
+        self.least = {name: (LEAST * mean).clamp_min(1e-30) for name, mean in means.items()}
+
+    def loss(self, batch: ModelInputs, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how far the network with these `tensors` is from the float one on a batch: outputs, layers; 0-dim.
+
+        Layers that are not called as often, or with as many examples (an expert of a mixture, say), are left out.
+        """
+        self.wanted.clear()
+        self.found.clear()
         with torch.no_grad():
             outputs = batch.run(self.float_model)
             wanted, is_classifier = comparable_outputs(self.float_model, outputs), logits_of(self.float_model, outputs)
-        outputs = functional_call(self.model, tensors, batch.args, batch.kwargs)
+        # a layer that is tied to one that stays float is quantized by itself
+        outputs = functional_call(self.model, tensors, batch.args, batch.kwargs, tie_weights=False)
         found = comparable_outputs(self.model, outputs)
-        distance = relative_error(found, wanted) if is_classifier is None else class_distance(found[0], wanted[0])
-        errors = [F.mse_loss(*pair) / pair[1].square().mean().clamp_min(1e-30) for pair in zip(self.found, self.wanted)]
-        return distance + torch.stack(errors).mean()
+        distance = _output_error(found, wanted) if is_classifier is None else class_distance(found[0], wanted[0])
+        errors = []
+        for call, output in self.found.outputs.items():
+            expected = self.wanted.outputs.get(call)
+            if expected is not None and expected.shape == output.shape:
+                square = expected.square().mean().maximum(self.least[call[0]])
+                errors.append(F.mse_loss(output, expected) / square)
+        return distance, torch.stack(errors).mean() if errors else torch.zeros_like(distance)
+
+
+def _output_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean relative squared error of outputs, at the places where the `wanted` ones are finite; 0-dim."""
+    errors = [torch.zeros((), device=wanted[0].device)]
+    for output, expected in zip(found, wanted):
+        if output.shape == expected.shape:
+            finite = expected.isfinite()
+            expected = torch.where(finite, expected, 0.0)
+            difference = torch.where(finite, output, 0.0) - expected
+            errors.append(difference.square().mean() / expected.square().mean().clamp_min(1e-12))
+    return torch.stack(errors).sum() / max(1, len(errors) - 1)
 
 
 def _round_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
@@ -204,23 +264,31 @@ def tune(
     tuning, generator = Tuning(model, layers, config, last_map), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(parameters, options.tuning_learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.tuning_steps)
-    with tuning.watching():
+    with tuning.watching(data):
         before = _mean_loss(tuning, data, layers)
+        if sum(before) < EXACT:
+            return layers
         with torch.enable_grad():
             for batch in logging.tqdm(_batches(data, options.tuning_steps, generator), desc="Tuning"):
                 tensors = [layer.tensors(name) for name, layer in tuned.items()]
-                loss = tuning.loss(batch, {name: tensor for part in tensors for name, tensor in part.items()})
+                loss = sum(tuning.loss(batch, {name: tensor for part in tensors for name, tensor in part.items()}))
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"The outputs of {type(model).__name__} have no gradient, as where forward runs under "
+                        "torch.no_grad(), and tuning follows it: leave tuning_steps out."
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 scheduler.step()
         results = {name: layer.result() for name, layer in tuned.items()}
         after = _mean_loss(tuning, data, results)
-    if not after < before:
+    if not (after[0] <= max(before[0], NEAR) and sum(after) < sum(before)):
         logger.warning(
-            "Tuning for %d steps has not brought outputs nearer to the float model's (%.3g before, %.3g after), and is "
-            "undone: lower tuning_learning_rate, or leave tuning_steps out.",
-            options.tuning_steps, before, after,
+            "Tuning for %d steps has not brought outputs nearer to the float model's (a distance of %.3g before, %.3g "
+            "after; of the layers' outputs %.3g and %.3g), and is undone: lower tuning_learning_rate, or leave "
+            "tuning_steps out.",
+            options.tuning_steps, before[0], after[0], before[1], after[1],
         )  # fmt: skip
         return layers
     return results
@@ -234,10 +302,11 @@ def _batches(data: CalibrationData, steps: int, generator: torch.Generator) -> l
 
 
 @torch.no_grad()
-def _mean_loss(tuning: Tuning, data: CalibrationData, layers: dict[str, QuantizedLayer]) -> float:
-    """Return the mean loss of the quantized `layers` over all data."""
+def _mean_loss(tuning: Tuning, data: CalibrationData, layers: dict[str, QuantizedLayer]) -> tuple[float, float]:
+    """Return the mean losses of the quantized `layers` over all data: of the outputs, and of the layers."""
     tensors = {f"{name}.weight": layer.weight.decoded() for name, layer in layers.items()}
     tensors |= {f"{name}.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
-    losses = torch.stack([tuning.loss(batch, tensors) for batch in data.batches])
+    losses = torch.stack([torch.stack(tuning.loss(batch, tensors)) for batch in data.batches])  # [batches, 2]
     weights = torch.tensor([len(batch) for batch in data.batches], dtype=losses.dtype, device=losses.device)
-    return ((losses * weights).sum() / weights.sum()).item()
+    distance, error = ((losses * weights[:, None]).sum(dim=0) / weights.sum()).tolist()
+    return distance, error

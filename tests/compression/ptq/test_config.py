@@ -31,6 +31,10 @@ def test_the_defaults():
         ({"tuning_steps": -1}, "^tuning_steps must be an integer of at least 0, got -1"),
         ({"tuning_steps": 10.0}, "^tuning_steps must be an integer of at least 0, got 10.0"),
         ({"tuning_learning_rate": 0}, "^tuning_learning_rate must be above 0 and below 1, such as 0.001, got 0"),
+        (
+            {"tuning_learning_rate": 0.01},
+            "^tuning_learning_rate does nothing without tuning_steps: give tuning_steps=300",
+        ),
         ({"tuning_learning_rate": "1"}, "^tuning_learning_rate must be above 0 and below 1, such as 0.001, got '1'"),
         ({"target_bits_per_weight": 0.9}, "^target_bits_per_weight must be from 1 to 8, got 0.9"),
         ({"target_bits_per_weight": 8.1}, "^target_bits_per_weight must be from 1 to 8, got 8.1"),

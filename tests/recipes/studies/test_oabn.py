@@ -38,4 +38,3 @@ def test_committed_tables_are_made_from_the_committed_json(recipes):
     figures = recipes / "studies" / "results" / "oabn.json"
     record = json.loads(figures.read_text())
     assert figures.with_suffix(".md").read_text() == oabn.markdown(record)
-    assert f"<!-- study -->\n{oabn.summary(record)}<!-- /study -->" in (recipes.parent / "README.md").read_text()
