@@ -78,8 +78,10 @@ def rows_of(records: Iterable[dict], split: str) -> list[Row]:
         if record.get("split") != split:
             continue
         where, result = (record["task"], record["norm"], record["seed"]), record["result"]
-        if record["kind"] == "ptq":
+        if record["kind"] in ("ptq", "more"):
             for row in next(iter(result["models"].values())).values():
+                if record["kind"] == "more" and row["line"] == "float":  # in the first ones, too
+                    continue
                 line = (*where, row["line"], row["bits"], row["activation_bits"])
                 rows.append(Row(*line, row["bits_per_weight"], row["top1"], row.get("library")))
         elif record["kind"] == "qat":

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.recipes.studies import ptq
 
@@ -57,6 +59,7 @@ def test_seeds_share_a_table_of_means():
     ]  # fmt: skip
 
 
-def test_committed_tables_are_made_from_the_committed_json(recipes):
-    figures = recipes / "studies" / "results" / "ptq.json"
+@pytest.mark.parametrize("name", ["ptq", "ptq_tiny_imagenet"])
+def test_committed_tables_are_made_from_the_committed_json(name, recipes):
+    figures = recipes / "studies" / "results" / f"{name}.json"
     assert ptq.markdown(json.loads(figures.read_text())) == figures.with_suffix(".md").read_text()

@@ -11,7 +11,7 @@ from repvgg_hf.recipes.studies import hold_out
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
 from repvgg_hf.recipes.studies.whole import WholeArguments, choose, plan
 from repvgg_hf.recipes.studies.whole_report import write_report
-from repvgg_hf.recipes.studies.whole_tables import Difference, interpolated, rows_of
+from repvgg_hf.recipes.studies.whole_tables import Difference, interpolated, rows_of, summary
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,9 @@ def records(drops: dict[str, list[float]]) -> list[dict]:
                 rows[f"{name}|{bits}"] |= {"library": library}
             result = {"models": {norm: {key: {"activation_bits": None} | row for key, row in rows.items()}}}
             found.append(where | {"kind": "ptq", "result": result})
+            tuned = {"line": "k-means, channel, tuned", "bits": 2, "activation_bits": None, "bits_per_weight": 2.05}
+            rows = {"float": result["models"][norm]["float"], "tuned": tuned | {"top1": 88.0 + seed - drop}}
+            found.append(where | {"kind": "more", "result": {"models": {norm: rows}}})
             packed = {"stage": "packed", "bits_per_weight": 2.1, "top1": 90.0 + seed - drop}
             line = {"kind": "qat", "line": "ClusterQAT, all switches", "bits": 2}
             found.append(where | line | {"result": {"results": [{"stage": "float", "top1": 1.0}, packed]}})
@@ -215,6 +218,7 @@ class TestReport:
         lines = page.splitlines()
         assert "| CIFAR-10 | k-means, tensor and scale, calibrated, 4 bit | 0.1 | -0.05 ± 0.12 |  | holds |" in lines
         assert "| CIFAR-10 | k-means, channel, tuned, 3 bit | 0.3 | -1.05 ± 0.12 |  | not |" in lines
+        assert "| CIFAR-10 | k-means, channel, tuned, 2 bit | 1.5 | -2.05 ± 0.12 |  | not |" in lines
         assert "| CIFAR-10 | mixed precision, tuned, target 2.1 | 1.5 | -2.05 ± 0.12 |  | not |" in lines
         assert "| mixed precision, tuned, target 2.1 | 2.10 | 88.95 ± 0.95 |" in lines
         assert "| CIFAR-10 | ClusterQAT, all switches, 2 bit | 0.7 | -0.05 ± 0.12 | -0.55 ± 0.12 | holds |" in lines
@@ -226,7 +230,7 @@ class TestReport:
         assert lines[lines.index("## What does such a training cost?") + 2] == "Not measured."
         assert "| theirs | 3.60 | 90.95 | 90.45 | -0.50 |" in lines  # half way between 89.95 at 3.1 and 90.95 at 4.1
         rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-        assert len(rows) == 6 * (5 + 1 + 1)
+        assert len(rows) == 6 * (5 + 1 + 1 + 1)
 
     def test_activations_after_training_are_no_part_of_those_in_training(self, tmp_path):
         found = records({"OABN": [0.0, 0.0]})
@@ -259,3 +263,14 @@ class TestReport:
     def test_interpolation_keeps_the_best(self):
         assert interpolated([(2.0, 80.0), (4.0, 90.0)], 3.0) == 85.0
         assert interpolated([(2.0, 80.0)], 9.0) == 80.0 and interpolated([(2.0, 80.0)], 1.0) is None
+
+
+def test_the_committed_report_is_made_from_the_committed_cells(recipes, tmp_path):
+    folder = recipes / "studies" / "results" / "whole"
+    records = read_cells(folder)
+    page = write_report(records, tmp_path, "test")
+    for name in ("report.md", "report.json"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), name
+    assert page.count("](report-") == len(list(folder.glob("report-*.svg"))) > 0
+    table = summary(rows_of(records, "test"))
+    assert f"<!-- whole -->\n{table}<!-- /whole -->" in (recipes.parent / "README.md").read_text()
