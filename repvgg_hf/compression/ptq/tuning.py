@@ -191,12 +191,13 @@ class Tuning:
             for (name, _), output in self.wanted.outputs.items():
                 squares.setdefault(name, []).append(output.square().mean())
         means = {name: torch.stack(found).nanmean() for name, found in squares.items()}
-        self.least = {name: (LEAST * mean).clamp_min(1e-30) for name, mean in means.items()}
+        self.least = {name: LEAST * mean for name, mean in means.items() if mean > 0}
 
     def loss(self, batch: ModelInputs, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return how far the network with these `tensors` is from the float one on a batch: outputs, layers; 0-dim.
 
-        Layers that are not called as often, or with as many examples (an expert of a mixture, say), are left out.
+        Layers that are not called as often, or with as many examples (an expert of a mixture, say), are left out, and
+        so are those that never put out anything but zero.
         """
         self.wanted.clear()
         self.found.clear()
@@ -210,7 +211,7 @@ class Tuning:
         errors = []
         for call, output in self.found.outputs.items():
             expected = self.wanted.outputs.get(call)
-            if expected is not None and expected.shape == output.shape:
+            if expected is not None and expected.shape == output.shape and output.numel() and call[0] in self.least:
                 square = expected.square().mean().maximum(self.least[call[0]])
                 errors.append(F.mse_loss(output, expected) / square)
         return distance, torch.stack(errors).mean() if errors else torch.zeros_like(distance)

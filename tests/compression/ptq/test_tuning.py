@@ -137,19 +137,22 @@ def test_any_network():
 
 
 class Tied(nn.Module):
-    """Two layers that share their weight, one that is fed nothing at times, and scores that are masked."""
+    """Two layers that share their weight, an expert, a layer of zeros, and scores that are masked at times."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.gate = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.second.weight = self.first.weight
+        self.pruned = nn.Linear(8, 8)
+        nn.init.zeros_(self.pruned.weight)
+        nn.init.zeros_(self.pruned.bias)
 
     def forward(self, x):
         hidden = self.second(self.first(x).relu())
         chosen = hidden[:, 0] > 0  # a mixture's expert: how many examples it gets depends on the weights
         routed = hidden.clone()
-        if chosen.any():
-            routed[chosen] = self.gate(hidden[chosen])
+        routed[chosen] = self.gate(hidden[chosen])
+        routed = routed + self.pruned(hidden)
         return torch.cat([routed[:, :7], routed[:, 7:].masked_fill(x[:, :1] > 1, -torch.inf)], dim=1)
 
 
@@ -174,6 +177,7 @@ def test_a_batch_for_which_a_layer_puts_out_nothing():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.Linear(16, 4)).eval()
     nn.init.zeros_(network[0].bias)
+    network[0].weight.data[3:5] = 0  # channels without anything
     data = torch.cat([torch.randn(128, 8), torch.zeros(1, 8)])
     plain, tuned = (
         repvgg_hf.quantize(copy.deepcopy(network), bits=2, calibration=data, calibration_config=config)
