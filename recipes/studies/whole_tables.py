@@ -149,7 +149,10 @@ def summary(rows: list[Row], task: str = "cifar10") -> str:
             found = [
                 [row.top1 for row in rows if (row.norm, row.line, row.bits) == (norm, line, b)] for b in bits or [None]
             ]
-            cells.append(" / ".join(f"{statistics.mean(values):.1f}" if values else "" for values in found))
+            seeds = max(map(len, found))
+            fewer = f" (of {seeds})" if 0 < seeds < networks[norms.index(norm)] else ""
+            means = [f"{statistics.mean(values):.1f}" for values in found if values]
+            cells.append(" / ".join(means) + fewer)
         lines.append(f"| {line}{widths} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
