@@ -6,6 +6,7 @@ from pathlib import Path
 from repvgg_hf.analysis.plots import plot_accuracy
 from repvgg_hf.recipes.studies.whole_tables import (
     CALIBRATED,
+    FURTHER,
     MAIN,
     SWITCHES,
     TITLES,
@@ -24,9 +25,6 @@ from repvgg_hf.recipes.studies.whole_tables import (
     table,
 )
 from repvgg_hf.training.report import write_json
-
-FURTHER = "float, further epochs"
-ORDER = ("not", "partly", "holds")
 
 
 def write_report(records: list[dict], folder: Path, split: str) -> str:

@@ -12,6 +12,7 @@ PER_CHANNEL = "k-means, channel, + bias correction"
 TUNED = "k-means, channel, tuned"
 MIXED = "mixed precision, tuned, target 2.1"
 SWITCHES = "ClusterQAT, all switches"
+FURTHER = "float, further epochs"
 ACTIVATIONS = "ClusterQAT, W4A8"  # apart from W4A8 after training
 # percentage points that a quantized network may lose on average: by task, and by bits or line
 PTQ_BARS = {
@@ -89,7 +90,7 @@ def rows_of(records: Iterable[dict], split: str) -> list[Row]:
             line = (*where, record["line"], record["bits"], record.get("activation_bits"))
             rows.append(Row(*line, packed["bits_per_weight"], packed["top1"]))
         elif record["kind"] == "further":
-            rows.append(Row(*where, "float, further epochs", 32, None, 32.0, result["eval_top1"]))
+            rows.append(Row(*where, FURTHER, 32, None, 32.0, result["eval_top1"]))
     return rows
 
 
@@ -112,7 +113,7 @@ def bars(rows: list[Row], keep: Callable[[str], bool]) -> list[str]:
         against = drops(rows, task, MAIN[task], line, bits)
         if against:
             drop = Difference.of(against)
-            further = drops(rows, task, MAIN[task], line, bits, "float, further epochs")
+            further = drops(rows, task, MAIN[task], line, bits, FURTHER)
             beside = str(Difference.of(further)) if further and line in (SWITCHES, ACTIVATIONS) else ""
             title = line if bits is None else f"{line}, {bits} bit"
             cells = (TITLES[task], title, f"{bar:.1f}", str(drop), beside, drop.verdict(bar))

@@ -26,7 +26,7 @@ from .data import CalibrationData
 from .gptq import compensated_weight
 from .graph import LayerRun, record_run
 from .graph_statistics import statistics_in_order
-from .hooks import every_layer_runs
+from .hooks import every_layer_runs, round_input, round_output
 from .input_ranges import chosen_range, observe_last_map
 from .mixed_precision import choose_bits, measure_block_costs, measure_costs
 from .outputs import require_finite_outputs
@@ -208,7 +208,7 @@ def calibrate_layer(
     if config.activation_bits is not None:
         input_range = chosen_range(statistics.observer, config, options)
         quantized, bias = settle_bias(quantized, bias, input_range[0])
-        quantize_input(layer, *input_range, config.activation_bits)
+        round_input(layer, _rounding(layer, *input_range, config.activation_bits))
     decoded = quantized.decoded()
     # new parameters: the old ones may be those of another layer, too, whose turn has not come
     kept = decoded.contiguous(memory_format=torch.channels_last) if decoded.dim() == 4 else decoded
@@ -227,25 +227,8 @@ def calibrate_output(
     run()
     hook.remove()
     output_range = chosen_range(observer, config, options)
-    quantize_output(layer, *output_range, config.activation_bits)
+    round_output(layer, _rounding(layer, *output_range, config.activation_bits))
     return output_range
-
-
-def quantize_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
-    """Make `layer` compute with its input rounded to `bits`, as a `ClusterLayer` will."""
-    rounding = _rounding(layer, scale, zero_point, bits)
-
-    def rounded(module, args, kwargs):
-        args = args or tuple(kwargs.values())
-        return (rounding(args[0]),), {}
-
-    layer.register_forward_pre_hook(rounded, with_kwargs=True)
-
-
-def quantize_output(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
-    """Make `layer` round its output likewise."""
-    rounding = _rounding(layer, scale, zero_point, bits)
-    layer.register_forward_hook(lambda module, args, output: rounding(output))
 
 
 def _rounding(layer: nn.Module, scale: float, zero_point: int, bits: int) -> Callable[[torch.Tensor], torch.Tensor]:

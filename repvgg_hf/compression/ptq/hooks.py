@@ -71,3 +71,18 @@ def run_layers(
             seen = 0
             with contextlib.suppress(_AllSeen):
                 batch.run(model)
+
+
+def round_input(layer: nn.Module, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make `layer` compute with its input rounded, as a `ClusterLayer` will."""
+
+    def rounded(module, args, kwargs):
+        args = args or tuple(kwargs.values())
+        return (rounding(args[0]),), {}
+
+    layer.register_forward_pre_hook(rounded, with_kwargs=True)
+
+
+def round_output(layer: nn.Module, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Make `layer` round its output likewise."""
+    layer.register_forward_hook(lambda module, args, output: rounding(output))

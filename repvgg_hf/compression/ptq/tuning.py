@@ -10,7 +10,7 @@ codebooks.
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,7 @@ from ..codebooks.codes import decode, sums_by_code
 from ..layers import QuantizedLayer
 from .config import CalibrationConfig
 from .data import CalibrationData
-from .hooks import every_layer_runs
+from .hooks import every_layer_runs, round_input, round_output
 from .model_inputs import ModelInputs
 from .outputs import class_distance, comparable_outputs, logits_of
 
@@ -154,9 +154,9 @@ class Tuning:
         for name, layer in layers.items():
             quantized = self.model.get_submodule(name)
             if layer.input_range is not None:
-                _round_input(quantized, *layer.input_range, config.activation_bits)
+                round_input(quantized, _rounding(*layer.input_range, config.activation_bits))
             if layer.output_range is not None and last_map is not None:
-                _round_output(quantized, *layer.output_range, config.activation_bits)
+                round_output(quantized, _rounding(*layer.output_range, config.activation_bits))
         self.names = list(layers)
 
     @contextlib.contextmanager
@@ -229,21 +229,9 @@ def _output_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> torc
     return torch.stack(errors).sum() / max(1, len(errors) - 1)
 
 
-def _round_input(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
-    def rounded(module, args, kwargs):
-        args = args or tuple(kwargs.values())
-        return (_rounded(args[0], scale, zero_point, bits),), {}
-
-    layer.register_forward_pre_hook(rounded, with_kwargs=True)
-
-
-def _round_output(layer: nn.Module, scale: float, zero_point: int, bits: int) -> None:
-    layer.register_forward_hook(lambda module, args, output: _rounded(output, scale, zero_point, bits))
-
-
-def _rounded(x: torch.Tensor, scale: float, zero_point: int, bits: int) -> torch.Tensor:
-    """Round as `fake_quantize` does, with the gradient of the identity inside the range."""
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 2**bits - 1)
+def _rounding(scale: float, zero_point: int, bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the rounding of `fake_quantize`, with the gradient of the identity inside the range."""
+    return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 2**bits - 1)
 
 
 def tune(

@@ -10,6 +10,7 @@ from torch import nn
 import repvgg_hf
 from repvgg_hf import CalibrationConfig, ClusterConv2d, RepVGGBackbone, RepVGGForImageClassification
 from repvgg_hf.compression.ptq import calibrate
+from repvgg_hf.compression.ptq.hooks import round_input
 from repvgg_hf.runtime.cluster_layers import fake_quantize
 
 
@@ -115,7 +116,7 @@ def test_two_bits_leave_outputs_where_few_values_pass_each_relu(generator):
 def test_inputs_are_rounded_as_packed_layers_will():
     layer = nn.Linear(201, 201, bias=False)
     nn.init.eye_(layer.weight)
-    calibrate.quantize_input(layer, scale=0.1, zero_point=3, bits=4)
+    round_input(layer, calibrate._rounding(layer, scale=0.1, zero_point=3, bits=4))
     x = torch.linspace(-2, 2, 201)  # many are halves of the scale
     assert torch.equal(layer(x), fake_quantize(x, torch.tensor(0.1), torch.tensor(3, dtype=torch.uint8), 4))
 

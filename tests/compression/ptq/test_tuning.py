@@ -10,7 +10,7 @@ from torch import nn
 
 import repvgg_hf
 from repvgg_hf import CalibrationConfig, RepVGGForImageClassification
-from repvgg_hf.compression.ptq.tuning import _Decode, _rounded
+from repvgg_hf.compression.ptq.tuning import _Decode, _rounding
 from repvgg_hf.runtime.cluster_layers import ClusterLayer, fake_quantize
 from repvgg_hf.runtime.packing import unpack_codes
 
@@ -202,4 +202,4 @@ def test_a_forward_pass_without_gradients_is_told_of():
 def test_rounding_is_that_of_the_layers():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 3
     expected = fake_quantize(x, torch.tensor(0.05), torch.tensor(40, dtype=torch.uint8), 8)
-    assert torch.equal(_rounded(x, 0.05, 40, 8), expected)
+    assert torch.equal(_rounding(0.05, 40, 8)(x), expected)
