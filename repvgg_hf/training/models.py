@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -123,12 +124,13 @@ def changes_to_checkpoint(args: ModelArguments, given: set[str]) -> dict:
 
 
 def load_float(name: str, dequantize: bool, **arguments):
-    """Load the classifier called `name` in float; `arguments` are those of `from_pretrained`.
+    """Load the classifier called `name` in float32; `arguments` are those of `from_pretrained`.
 
+    It may be stored with fewer bits: steps of training are too small for bfloat16 weights, which would round them away.
     Raises what [`check_source`] does.
     """
     check_source(name, dequantize)
-    model = AutoModelForImageClassification.from_pretrained(name, **arguments)
+    model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32, **arguments)
     return model.dequantize() if dequantize else model
 
 

@@ -72,7 +72,7 @@ def load_pretrained(name: str) -> RepVGGForImageClassification:
             model = from_timm(f"{'local-dir' if Path(name).is_dir() else 'hf-hub'}:{name}")
         elif fields.get("model_type") == "repvgg":
             check_source(name, None)
-            model = RepVGGForImageClassification.from_pretrained(name)
+            model = RepVGGForImageClassification.from_pretrained(name, dtype=torch.float32)  # see `load_float`
         else:
             found = fields.get("model_type", "no model")
             raise ValueError(f"--pretrained {name} is {found} by its config.json: {_FIT}.")

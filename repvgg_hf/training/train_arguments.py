@@ -100,6 +100,8 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if self.mixing not in MIXING:
             raise ValueError(f"--mixing must be one of {', '.join(MIXING)}, got {self.mixing!r}.")
+        if not self.mixing_alpha > 0:
+            raise ValueError(f"--mixing_alpha must be positive, got {self.mixing_alpha}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, such as 0.99, got {self.ema_decay}.")
         if self.early_stopping_patience is not None:

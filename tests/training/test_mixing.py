@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.recipes.train import weights_of_classes
 from repvgg_hf.training.mixing import MixedBatches
+from repvgg_hf.training.train_arguments import TrainArguments
 from repvgg_hf.training.trainer import ImageTrainer
 
 
@@ -60,3 +61,9 @@ def test_the_loss_in_training_and_in_evaluation(tiny_config, tmp_path, smoothing
         loss, outputs = trainer.compute_loss(model.eval(), {"pixel_values": pixel_values, "labels": labels}, True)
         chosen = outputs.logits.log_softmax(1)[torch.arange(4), labels]
         torch.testing.assert_close(loss, -chosen.mean())
+
+
+@pytest.mark.parametrize(("option", "value"), [("mixing", "cut"), ("mixing_alpha", 0.0)])
+def test_options_out_of_range(tmp_path, option, value):
+    with pytest.raises(ValueError, match=rf"--{option} must be .*, got '?{value}"):
+        TrainArguments(tmp_path, use_cpu=True, **{option: value})

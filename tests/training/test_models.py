@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.training.models import ModelArguments, build_model, build_processor, check_source
+from repvgg_hf.training.pretrained import load_pretrained
 from repvgg_hf.training.processors import make_processor
 from repvgg_hf.training.splits import DataArguments
 
@@ -32,6 +34,19 @@ def checkpoint(tmp_path):
         return ModelArguments(model_name_or_path=str(tmp_path), **options), model.classifier.weight
 
     return make
+
+
+def test_what_is_stored_in_bfloat16_trains_in_float32(checkpoint):
+    args, _ = checkpoint(["cat", "dog"])
+    RepVGGForImageClassification.from_pretrained(args.model_name_or_path).bfloat16().save_pretrained(
+        args.model_name_or_path
+    )
+    args.ignore_mismatched_sizes = True
+    kept, new = (build_model(args, classes) for classes in (["cat", "dog"], ["ox", "ant"]))
+    pretrained = load_pretrained(args.model_name_or_path)
+    for model in (kept, new, pretrained):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert model.config.dtype == torch.float32
 
 
 @pytest.mark.parametrize("classes", [["a", "b", "c"], ["cat", "bee"], ["cat"]])
