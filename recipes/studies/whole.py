@@ -21,6 +21,9 @@ from repvgg_hf.training.splits import DataArguments
 
 QAT_LINES = ("uniform (LSQ)", "ClusterQAT", "ClusterQAT, all switches")
 ABLATED = ("uniform, tensor", "uniform, channel", "k-means, tensor and scale", "k-means, tensor and scale, calibrated")
+# of all trainings that go on from a float network, chosen on held-out images at 2 bits: 88.3 % beside 88.1 % at 0.01,
+# 87.2 % at 0.03 and 87.8 % at 0.0015 after 5 epochs; one bit has further to go
+RATE, RATES = 0.004, qat.LEARNING_RATES
 AFTER_TRAINING = (*ABLATED, "uniform, channel, calibrated", "k-means, channel", "k-means, channel, + bias correction")
 
 
@@ -194,10 +197,10 @@ class Planner:
         cells.append(self.further(norm, seed))
         for bits in self.task.qat_bits:
             for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
-                rate = qat.LEARNING_RATES.get(bits, 0.01)
-                text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {rate}"
+                text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {RATES.get(bits, RATE)}"
                 cells.append(self.trained(line, norm, seed, text, bits=bits))
-        return cells + [self.trained(ACTIVATIONS, norm, seed, qat.ACTIVATIONS["W4A8"], bits=4, activation_bits=8)]
+        text = f"{qat.ACTIVATIONS['W4A8']} --learning_rate {RATE}"
+        return cells + [self.trained(ACTIVATIONS, norm, seed, text, bits=4, activation_bits=8)]
 
     def folder(self, norm: str, seed: int) -> str:
         return f"train/{self.name}/{_slug(norm)}-{seed}"
@@ -220,7 +223,7 @@ class Planner:
     def further(self, norm: str, seed: int) -> Cell:
         """The same epochs as with quantized weights, in float: what a drop is held against, too."""
         folder, split = f"further/{self.name}/{_slug(norm)}-{seed}-{self.args.split}", self.args.split
-        text = f"{self.task.further} --learning_rate 0.01 --num_train_epochs {self.args.qat_epochs} --report False"
+        text = f"{self.task.further} --learning_rate {RATE} --num_train_epochs {self.args.qat_epochs} --report False"
         options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())
         options = (*options, "--resume_from_checkpoint", "True", "--output_dir", folder, *self.args.extra())
         trained = f"{_slug(norm)}-{seed}/train"
