@@ -49,6 +49,20 @@ class Cell:
         """The file of the cell in a study's `folder`."""
         return folder / "cells" / f"{self.name}.json"
 
+    def command(self) -> list[str]:
+        """The command without the path of Python, and with tokens masked."""
+        return masked(["python", "-m", f"repvgg_hf.recipes.{self.module}", *self.options])
+
+    def state(self, folder: Path) -> str:
+        """Return "" if it has not run in a study's `folder`, "done" if it has, or what its command was instead."""
+        if not self.path(folder).exists():
+            return ""
+        before, now = json.loads(self.path(folder).read_text(encoding="utf-8"))["command"], self.command()
+        if before == now:
+            return "done"
+        old, new = (" ".join(word for word in a if word not in b) for a, b in ((before, now), (now, before)))
+        return f"done with {old or 'less'}, now {new or 'without'}"
+
 
 def run_cells(cells: Sequence[Cell], folder: Path, parallel: int = 1) -> None:
     """Run the cells that have not run, so many at once; goes on with others where one fails.
@@ -60,7 +74,11 @@ def run_cells(cells: Sequence[Cell], folder: Path, parallel: int = 1) -> None:
     for cell in cells:
         if not names.issuperset(cell.needs):
             raise ValueError(f"{cell.name} needs {', '.join(set(cell.needs) - names)}, which is no cell of the study.")
-    left = {cell.name: cell for cell in cells if not cell.path(folder).exists()}
+    states = {cell.name: cell.state(folder) for cell in cells}
+    for name, state in states.items():
+        if state not in ("", "done"):
+            print(f"{name}: {state}; without its file in {folder / 'cells'} it would run again.", flush=True)
+    left = {cell.name: cell for cell in cells if not states[cell.name]}
     failed: dict[str, str] = {}
     running = {}
     with ThreadPoolExecutor(parallel) as pool:
@@ -87,7 +105,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{cell.name} ...", flush=True)
     start = time.perf_counter()
-    command = [sys.executable, "-m", f"repvgg_hf.recipes.{cell.module}", *cell.options]
+    command = [sys.executable, *cell.command()[1:3], *cell.options]  # tokens and all
     with log.open("a", encoding="utf-8") as output:
         output.write(f"$ {shlex.join(masked(command))}\n")
         output.flush()
@@ -100,7 +118,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
     record = {
         "cell": cell.name,
         **cell.facts,
-        "command": masked(["python", "-m", f"repvgg_hf.recipes.{cell.module}", *cell.options]),
+        "command": cell.command(),
         "versions": _versions(),
         "device": _device(),
         "seconds": round(seconds, 1),

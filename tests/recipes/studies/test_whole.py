@@ -78,7 +78,11 @@ class TestCells:
         assert "45 images in train" in (tmp_path / "logs" / "a" / "first.log").read_text()
         capfd.readouterr()
         run_cells([first, second], tmp_path)
-        assert capfd.readouterr().out == ""
+        assert capfd.readouterr().out == "" and first.state(tmp_path) == "done"
+        other = self.cell("a/first", pictures, "elsewhere")
+        run_cells([other, second], tmp_path)  # it would not be what the plan says, and is not what it was
+        assert "a/first: done with first, now elsewhere; without its file in" in capfd.readouterr().out
+        assert not (tmp_path / "elsewhere").exists()
 
     def test_others_go_on_where_one_fails(self, pictures, tmp_path):
         broken = self.cell("broken", "./nowhere", "x")
@@ -153,7 +157,7 @@ def test_cells_run(pictures, tmp_path, run):
     assert all(f"{row.top1:.2f}" in page for row in rows_of(records, "test"))
     assert "kurtosis" in page and "What holds, on test images" in page
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")}
-    assert "done cifar10/oabn-k-2-3/ptq-test" in run("studies.whole", *given, "--show", "True")
+    assert "cifar10/oabn-k-2-3/ptq-test: done" in run("studies.whole", *given, "--show", "True")
     run("studies.whole", *given)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("*.json")} == before
 
