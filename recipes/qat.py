@@ -11,6 +11,7 @@
 wherever it was killed, to the same weights. It refuses to if data, model or options are not the same.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification
 
@@ -78,9 +79,18 @@ class QATArguments(PhaseArguments):
         },
     )
     fused: bool = field(default=False, metadata={"help": "Train the fused kernels instead of the branches."})
+    target_bits_per_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share out bits: choose each layer's so that the model stores this many on average, such as 2.1."
+        },
+    )
     calibration_images: int = field(
         default=0,
-        metadata={"help": "Training images, without labels, to calibrate on: for ranges with --activation_bits."},
+        metadata={
+            "help": "Training images, without labels, to calibrate on: for ranges with --activation_bits, for what "
+            "bits cost with --target_bits_per_weight."
+        },
     )
     activation_range: str = field(
         default="mse",
@@ -101,20 +111,33 @@ class QATArguments(PhaseArguments):
         if not 0 <= self.blend_ratio <= 1:
             raise ValueError(f"--blend_ratio must be from 0 to 1, got {self.blend_ratio}.")
 
+    def calibration_config(self) -> CalibrationConfig:
+        """How calibration images are used; raises `ValueError` for an option that is out of range."""
+        return CalibrationConfig(
+            activation_range=self.activation_range, target_bits_per_weight=self.target_bits_per_weight
+        )
+
 
 def check_options(args: QATArguments, quantization: QuantizationOptions, qat_config: QATConfig) -> None:
     """Raise `ValueError` for options that don't fit each other: a bad one shall not cost the float training."""
-    CalibrationConfig(activation_range=args.activation_range)
+    args.calibration_config()
     check_qat_options(quantization, qat_config)
     if args.blend_ratio and qat_config.blend_steps:
         raise ValueError(
             f"--blend_ratio {args.blend_ratio} and --blend_steps {qat_config.blend_steps} say the same: give one."
         )
-    if (quantization.activation_bits is not None) != (args.calibration_images > 0):
+    needs_images = quantization.activation_bits is not None or args.target_bits_per_weight is not None
+    if needs_images != (args.calibration_images > 0):
         raise ValueError(
-            "--activation_bits needs images to find the inputs' ranges on, and training uses them for nothing else: "
-            f"got --activation_bits {quantization.activation_bits} and --calibration_images {args.calibration_images}, "
-            "give both, such as --calibration_images 512, or none."
+            "--activation_bits needs images to find the inputs' ranges on, --target_bits_per_weight to find what bits "
+            f"cost, and training uses them for nothing else: got --activation_bits {quantization.activation_bits}, "
+            f"--target_bits_per_weight {args.target_bits_per_weight} and --calibration_images "
+            f"{args.calibration_images}, give images, such as --calibration_images 512, and one of the others, or none."
+        )
+    if args.target_bits_per_weight is not None and quantization.bits_overrides:
+        raise ValueError(
+            "--target_bits_per_weight chooses the bits of every layer, and --bits_overrides those of some: leave one "
+            "out."
         )
 
 
@@ -173,15 +196,12 @@ class Data:
         self.some_batches = [batch["pixel_values"] for batch, _ in zip(self.validation, range(RELOADED_BATCHES))]
 
     def calibration(self, args: QATArguments) -> dict:
-        """The arguments of `prepare_qat` for input ranges; none without `--calibration_images`."""
+        """The arguments of `prepare_qat` for input ranges and bits; none without `--calibration_images`."""
         if not args.calibration_images:
             return {}
         split, count = self.splits["train"], args.calibration_images
         images = calibration_images(split, count, self.data_args, self.processor, args.seed)
-        return {
-            "calibration": images,
-            "calibration_config": CalibrationConfig(activation_range=args.activation_range),
-        }
+        return {"calibration": images, "calibration_config": args.calibration_config()}
 
 
 def start_accelerator(args: QATArguments, quantization: QuantizationOptions) -> Accelerator:
@@ -242,7 +262,8 @@ def main(arguments: list[str] | None = None) -> dict:
     rows = []
     if accelerator.is_main_process:
         logits["reloaded"] = reload_logits(run.folder / "quantized", data.some_batches)  # like a user
-        rows = result_rows(run.folder, quantization, bits_per_weight(model), logits, data.labels)
+        bits = args.target_bits_per_weight or quantization.bits
+        rows = result_rows(run.folder, quantization, bits, bits_per_weight(model), logits, data.labels)
         settings = {"seed": args.seed, **saved_quantization(run), "qat_config": asdict(qat_config)}
         write_json(
             run.folder / "qat_results.json", {"command": ["recipes/qat.py", *arguments], **settings, "results": rows}
@@ -280,20 +301,38 @@ def train_quantized(run: RunFolder, data: Data, args: QATArguments, config: Clus
     if args.fused:
         model.reparameterize()
     calibration = data.calibration(args)
+    if args.target_bits_per_weight is not None:
+        config.bits_overrides = shared_out_bits(run.accelerator, model, config, calibration)
+        left = replace(calibration.pop("calibration_config"), target_bits_per_weight=None)
+        calibration = calibration | {"calibration_config": left} if config.activation_bits is not None else {}
     set_seed(args.seed)
     model.prepare_qat(config, qat_config=qat_config, **calibration)
     epochs, rate, loss = args.num_train_epochs, args.learning_rate, loss_of(distillation)
     return train_phase(run.accelerator, model, data.train, "qat", epochs, rate, run, args, loss)
 
 
+def shared_out_bits(accelerator: Accelerator, model, config: ClusterConfig, calibration: dict) -> dict[str, int]:
+    """Each layer's bits as the first process chooses them: what they cost may differ in the last digits elsewhere."""
+    chosen = None
+    if accelerator.is_main_process:
+        chosen = copy.deepcopy(model).prepare_qat(config, **calibration).qat_settings[0].bits_overrides
+    return broadcast_object_list([chosen])[0]
+
+
 def result_rows(
-    folder: Path, quantization: QuantizationOptions, weight_bits: float, logits: dict[str, np.ndarray], labels
+    folder: Path,
+    quantization: QuantizationOptions,
+    bits: float,
+    weight_bits: float,
+    logits: dict[str, np.ndarray],
+    labels: np.ndarray,
 ) -> list[dict]:
     """The figures of each stage, of which each is compared with the one before.
 
     Args:
         folder: the run's, with the models.
         quantization: how the last three stages are quantized.
+        bits: of a weight's code; a target if they differ between layers.
         weight_bits: bits per weight of the quantized model.
         logits: `[images, classes]` of each stage, by its name; of the reloaded model they may be of fewer images.
         labels: of all images.
@@ -302,20 +341,21 @@ def result_rows(
     def size(name: str, bits: float) -> dict:
         return {"bytes": checkpoint_bytes(folder / name), "bits_per_weight": bits}
 
-    bits, packed = f"{quantization.bits} bit", size("quantized", weight_bits)
+    title, packed = f"{bits} bit", size("quantized", weight_bits)
     first = "as it began" if RepVGGConfig.from_pretrained(folder / "float").deploy else "with branches"
     rows = []
     for name, config, stage, sizes, reference in (
         (f"float, {first}", None, "float", size("float", 32.0), None),
         ("float, fused", None, "fused", size("fused", 32.0), "float"),
-        (f"{bits}, in training", quantization, "trained", packed, None),
-        (f"{bits}, packed", quantization, "packed", packed, "trained"),
-        (f"{bits}, reloaded", quantization, "reloaded", packed, "packed"),
+        (f"{title}, in training", quantization, "trained", packed, None),
+        (f"{title}, packed", quantization, "packed", packed, "trained"),
+        (f"{title}, reloaded", quantization, "reloaded", packed, "packed"),
     ):
         images = len(logits[stage])
         figures = {"images": images, **accuracies(logits[stage], labels[:images]), **sizes}
         figures["largest_logit_difference"] = largest_difference(logits[stage], logits.get(reference))
-        rows.append({"model": name, **quantization_fields(config), "stage": stage, **figures})
+        fields_ = quantization_fields(config) | ({} if config is None else {"bits": bits})
+        rows.append({"model": name, **fields_, "stage": stage, **figures})
     return rows
 
 

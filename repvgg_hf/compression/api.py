@@ -35,8 +35,8 @@ from .layers import (
     settle_last_map,
     warn_of_float_layers,
 )
-from .ptq.calibrate import calibrate
-from .ptq.config import CalibrationConfig
+from .ptq.calibrate import calibrate, share_out_bits
+from .ptq.config import CalibrationConfig, check_use_in_training
 from .ptq.data import CalibrationData
 from .ptq.input_ranges import observe_ranges
 from .qat.callback import warn_of_unmoved_codebooks
@@ -145,22 +145,21 @@ def prepare_qat(
             "it. For other bits prepare the float model anew."
         )
     config = resolve_config(method, bits, options)
-    if config.activation_bits is None and (calibration is not None or calibration_config is not None):
-        raise ValueError(
-            "Calibration images only find the input ranges here, and activation_bits is None: set it, or leave "
-            "calibration and calibration_config out."
-        )
     _require_data(config, calibration, calibration_config)
     qat_config = _checked(qat_config, QATConfig, "qat_config")
     check_qat_options(config, qat_config)
     calibration_config = _checked(calibration_config, CalibrationConfig, "calibration_config")
+    check_use_in_training(calibration_config, calibration is not None, config.activation_bits is not None)
     _, layers = fused_layers(model)
     _settle_names(config, model, layers)
     last_map = settle_last_map(model, layers, config)
+    if calibration is not None:
+        float_model, data = _float_model_and_data(model, calibration, calibration_config)
+    if calibration_config.target_bits_per_weight is not None:
+        config = share_out_bits(float_model, config, data, calibration_config.target_bits_per_weight)
     start = {name: layer.weight for name, layer in quantize_layers(layers, config).items()}
     inputs, outputs = {}, {}
     if config.activation_bits is not None:
-        float_model, data = _float_model_and_data(model, calibration, calibration_config)
         inputs, outputs = observe_ranges(float_model, list(start), data, config, calibration_config, last_map)
     warn_of_float_layers(model)
     add_quantizers(model, start, inputs, outputs, config, qat_config)

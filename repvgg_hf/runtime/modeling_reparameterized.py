@@ -178,7 +178,8 @@ class ReparameterizedPreTrainedModel(PreTrainedModel):
                 The same as in [`~RepVGGPreTrainedModel.quantize`]; training with `"uniform"` is LSQ, learned step size
                 quantization.
             calibration, calibration_config (*optional*):
-                Images, and [`CalibrationConfig`], for the ranges of the inputs that `activation_bits` rounds.
+                Images, and [`CalibrationConfig`], for the ranges of the inputs that `activation_bits` rounds, and for
+                each layer's bits with `target_bits_per_weight`.
             qat_config ([`QATConfig`], *optional*):
                 How codebooks move and training goes over to quantized weights.
             granularity, group_size, channel_scale, codebook_dtype, bits_overrides, modules_to_not_convert, symmetric,

@@ -118,13 +118,12 @@ def test_quantize_has_no_qat_config(model):
         model.quantize(qat_config=QATConfig())
 
 
-def test_calibration_without_ranges_to_find_is_an_error(model, images):
+def test_calibration_without_use_is_an_error(model, images):
     """Codebooks of QAT start without data; images would be ignored in silence."""
-    message = (
-        "^Calibration images only find the input ranges here, and activation_bits is None: set it, or leave calibr"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="^Calibration images only find input ranges .* neither is asked for: set one"):
         model.prepare_qat(calibration=images)
+    with pytest.raises(ValueError, match="^tuning_steps=9 does nothing in prepare_qat"):
+        model.prepare_qat(activation_bits=8, calibration=images, calibration_config=CalibrationConfig(tuning_steps=9))
     with pytest.raises(ValueError, match="^activation_bits needs calibration data"):
         model.prepare_qat(activation_bits=8)
     assert model.config.qat_config is None

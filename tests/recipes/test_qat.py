@@ -97,14 +97,15 @@ def test_killed_and_resumed_it_gives_the_same_files(whole_story, tmp_path, run):
 
 
 def test_two_processes(tmp_path, start, recipes):
-    """Half the batch on each of two ranks gives one model, which is saved once and reloads exactly."""
+    """Half the batch on each of two ranks gives one model with one choice of bits, saved once and reloading exactly."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", recipes / "qat.py"]
     options = ["--output_dir", tmp_path, *LONGER, "--per_device_train_batch_size", "8"]
+    options += ["--target_bits_per_weight", "5", "--calibration_images", "32"]
     done = start(*launch, *options, timeout=580, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_by_stage(tmp_path)
     assert rows["packed"]["largest_logit_difference"] == rows["reloaded"]["largest_logit_difference"] == 0
-    assert rows["packed"]["top1"] > 50
+    assert rows["packed"]["top1"] > 50 and rows["packed"]["bits_per_weight"] <= rows["packed"]["bits"] == 5
     found, expected = (in_a_fresh_process(tmp_path / folder)[0] for folder in ("checkpoint/qat", "quantized"))
     assert np.abs(found - expected).max() < 1e-5
 
@@ -156,8 +157,13 @@ def test_a_rate_that_diverges(tmp_path, run):
         ("--bits 0", "bits must be an integer from 1 to 8, got 0"),
         ("--blend_ratio 0.5 --blend_steps 9", "--blend_ratio 0.5 and --blend_steps 9 say the same: give one"),
         ("--blend_ratio 2", "--blend_ratio must be from 0 to 1, got 2.0"),
-        ("--activation_bits 8", "--activation_bits 8 and --calibration_images 0, give both"),
-        ("--calibration_images 8", "--activation_bits None and --calibration_images 8, give both"),
+        ("--activation_bits 8", "--activation_bits 8, --target_bits_per_weight None and --calibration_images 0, give"),
+        ("--calibration_images 8", "--activation_bits None, --target_bits_per_weight None and --calibration_images 8"),
+        ("--target_bits_per_weight 9 --calibration_images 8", "target_bits_per_weight must be from 1 to 8, got 9.0"),
+        (
+            '--target_bits_per_weight 3 --calibration_images 8 --bits_overrides {"classifier":8}',
+            "--target_bits_per_weight chooses the bits of every layer, and --bits_overrides those of some",
+        ),
         ("--activation_range entropy --activation_bits 8", "activation_range must be one of minmax, mse"),
         ("--method uniform --codebook_momentum 0.5", "codebook_momentum=0.5 is an option of method='cluster', not of"),
         ("--codebook_momentum 1", "codebook_momentum must be at least 0 and less than 1"),

@@ -55,20 +55,14 @@ def calibrate(
     `ValueError` naming the layer if its inputs are all zero, or not finite. A layer that does not run on this data is
     quantized for its weights alone, with a warning; with `activation_bits` that is a `ValueError`.
     """
-    layers = convertible_layers(model, config)
-    for name, layer in layers.items():
-        require_finite(name, layer)
-    blocks = _chain_of(model, data)
+    layers, blocks = _finite_layers(model, config), _chain_of(model, data)
     by_blocks = blocks is not None and options.order == "sequential"
     runs = {} if by_blocks else record_run(model, layers, data.first(2)[0])
     running = layers if by_blocks else {name: layer for name, layer in layers.items() if name in runs}
     idle = [name for name in layers if name not in running]
     _accept_idle(idle, config)
     if options.target_bits_per_weight is not None:
-        if blocks is None:
-            costs = measure_costs(model, running, data, config)
-        else:
-            costs = measure_block_costs(blocks, data, config)
+        costs = _costs_of_bits(model, running, blocks, data, config)
         config = choose_bits(costs, layers, config, options.target_bits_per_weight)
     fisher = diagonal_fisher(model, data, list(running)) if options.sensitivity == "fisher" else {}
 
@@ -84,6 +78,39 @@ def calibrate(
     for name in idle:
         found[name] = QuantizedLayer(quantize_layer(name, layers[name], config))
     return config, tune(model, found, config, data, options, last_map) if options.tuning_steps else found
+
+
+@torch.no_grad()
+def share_out_bits(model: nn.Module, config: ClusterConfig, data: CalibrationData, target: float) -> ClusterConfig:
+    """Return `config` with the bits of each layer of a fused float32 `model` that lose least, at `target` stored bits.
+
+    Raises what [`calibrate`] does for weights and data, and `ValueError` for a target that can't be met.
+    """
+    layers, blocks = _finite_layers(model, config), _chain_of(model, data)
+    runs = record_run(model, layers, data.first(2)[0]) if blocks is None else layers
+    running = {name: layer for name, layer in layers.items() if name in runs}
+    return choose_bits(_costs_of_bits(model, running, blocks, data, config), layers, config, target)
+
+
+def _costs_of_bits(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    blocks: dict[str, nn.Module] | None,
+    data: CalibrationData,
+    config: ClusterConfig,
+) -> dict[str, dict[int, float]]:
+    """Return what each choice of bits costs, of the `layers` that run, or of those in a chain of `blocks`."""
+    if blocks is None:
+        return measure_costs(model, layers, data, config)
+    return measure_block_costs(blocks, data, config)
+
+
+def _finite_layers(model: nn.Module, config: ClusterConfig) -> dict[str, nn.Module]:
+    """Return the layers to quantize, by name, whose weights are all finite."""
+    layers = convertible_layers(model, config)
+    for name, layer in layers.items():
+        require_finite(name, layer)
+    return layers
 
 
 def _chain_of(model: nn.Module, data: CalibrationData) -> dict[str, nn.Module] | None:

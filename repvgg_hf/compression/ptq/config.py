@@ -1,6 +1,6 @@
 """The options of calibration: choosing how weights and inputs are quantized from data that the model sees."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ...runtime.options import suggest_options
 from .activation_ranges import METHODS as ACTIVATION_RANGES
@@ -112,3 +112,27 @@ class CalibrationConfig:
             raise ValueError(
                 f"target_bits_per_weight must be from 1 to 8, got {target!r}: a code has at least one bit."
             )
+
+
+# what `prepare_qat` uses of these options
+IN_TRAINING = ("calibration_batch_size", "target_bits_per_weight", "activation_range", "activation_memory")
+
+
+def check_use_in_training(options: CalibrationConfig, given: bool, activations: bool) -> None:
+    """Raise `ValueError` for data or options that would do nothing in `prepare_qat`, where training finds the weights.
+
+    `given` tells whether there is calibration data, `activations` whether inputs are rounded, whose ranges it finds.
+    """
+    for field_ in fields(CalibrationConfig):
+        value = getattr(options, field_.name)
+        if value != field_.default and field_.name not in IN_TRAINING:
+            raise ValueError(
+                f"{field_.name}={value!r} does nothing in prepare_qat(), where training finds the codes: leave it "
+                "out, or give it to quantize() of the float model."
+            )
+    if given and not activations and options.target_bits_per_weight is None:
+        raise ValueError(
+            "Calibration images only find input ranges (activation_bits) and each layer's bits "
+            "(CalibrationConfig(target_bits_per_weight=...)) here, and neither is asked for: set one, or leave "
+            "calibration and calibration_config out."
+        )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repvgg_hf import CalibrationConfig, ClusterConfig
+from repvgg_hf import CalibrationConfig, ClusterConfig, RepVGGForImageClassification
 from repvgg_hf.analysis import bits_per_weight
 from repvgg_hf.compression.ptq.mixed_precision import MAX_STATES, allocate_bits, stored_bits
 
@@ -68,6 +68,17 @@ def test_mixed_precision_meets_its_target_and_beats_the_same_bits_everywhere(tar
     layers = [name for name, layer in quantized.named_modules() if hasattr(layer, "weight_codes")]
     assert list(config.bits_overrides) == layers
     assert all(quantized.get_submodule(name).bits == bits for name, bits in config.bits_overrides.items())
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_training_begins_with_the_bits_that_quantization_chooses(activation_bits, model, images, tmp_path):
+    how = CalibrationConfig(target_bits_per_weight=3.2)
+    options = {"activation_bits": activation_bits, "calibration": images, "calibration_config": how}
+    chosen = copy.deepcopy(model).quantize(**options).config.quantization_config.bits_overrides
+    assert len(set(chosen.values())) > 1
+    copy.deepcopy(model).prepare_qat(**options).save_pretrained(tmp_path)
+    trained = RepVGGForImageClassification.from_pretrained(tmp_path).quantize()
+    assert trained.config.quantization_config.bits_overrides == chosen and bits_per_weight(trained) <= 3.2
 
 
 def test_stored_bits_are_those_of_the_checkpoint(model, images):
