@@ -15,7 +15,7 @@ from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
 from repvgg_hf.recipes.studies.whole_report import write_report
-from repvgg_hf.recipes.studies.whole_tables import ACTIVATIONS, MAIN, TUNED
+from repvgg_hf.recipes.studies.whole_tables import ACTIVATIONS, MAIN, SHARED_OUT, TUNED
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.splits import DataArguments
 
@@ -24,6 +24,7 @@ ABLATED = ("uniform, tensor", "uniform, channel", "k-means, tensor and scale", "
 # of all trainings that go on from a float network: of 0.03, 0.01, 0.004 and 0.0015 the best at 2 bits on
 # held-out images; one bit has further to go
 RATE, RATES = 0.004, qat.LEARNING_RATES
+TRAINED_TARGETS = (2.1, 1.5)  # stored bits per weight, shared out by layer
 AFTER_TRAINING = (*ABLATED, "uniform, channel, calibrated", "k-means, channel", "k-means, channel, + bias correction")
 
 
@@ -199,6 +200,9 @@ class Planner:
             for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
                 text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {RATES.get(bits, RATE)}"
                 cells.append(self.trained(line, norm, seed, text, bits=bits))
+        for target in TRAINED_TARGETS:
+            text = f"{qat.SWITCHES} --calibration_images 512 --target_bits_per_weight {target} --learning_rate {RATE}"
+            cells.append(self.trained(f"{SHARED_OUT} {target}", norm, seed, text, bits=None))
         text = f"{qat.ACTIVATIONS['W4A8']} --learning_rate {RATE}"
         return cells + [self.trained(ACTIVATIONS, norm, seed, text, bits=4, activation_bits=8)]
 
@@ -231,7 +235,8 @@ class Planner:
         return self.cell(f"further {split}", norm, seed, "train", options, result, trained, **facts)
 
     def trained(self, line: str, norm: str, seed: int, text: str, **facts) -> Cell:
-        what, split = f"{line} w{facts['bits']} {self.args.split}", self.args.split
+        width = "" if facts["bits"] is None else f"w{facts['bits']}"
+        what, split = f"{line} {width} {self.args.split}", self.args.split
         folder = f"qat/{self.name}/{_slug(norm)}-{seed}/{_slug(what)}"
         text = f"{text} {self.task.further} --granularity per_channel --num_train_epochs {self.args.qat_epochs}"
         options = (*self.measured, "--model_name_or_path", self.folder(norm, seed), *text.split())

@@ -8,6 +8,8 @@ from repvgg_hf.recipes.studies.whole_tables import (
     CALIBRATED,
     FURTHER,
     MAIN,
+    MIXED,
+    SHARED_OUT,
     SWITCHES,
     TITLES,
     TUNED,
@@ -25,6 +27,8 @@ from repvgg_hf.recipes.studies.whole_tables import (
     table,
 )
 from repvgg_hf.training.report import write_json
+
+BELOW = 10.0  # percentage points that the figure shows below the best network: further down all is lost
 
 
 def write_report(records: list[dict], folder: Path, split: str) -> str:
@@ -46,7 +50,8 @@ def write_report(records: list[dict], folder: Path, split: str) -> str:
     for task in dict.fromkeys(row.task for row in rows):
         points = figure_rows(rows, task)
         if any(point["label"] != "float" for point in points):
-            plot_accuracy(points, folder / f"report-{task}", title=TITLES[task])
+            lowest = max(point["top1"] for point in points) - BELOW
+            plot_accuracy(points, folder / f"report-{task}", lowest=lowest, title=TITLES[task])
             text += ["", f"![Accuracy against stored bits, {TITLES[task]}](report-{task}.svg)"]
     page = "\n".join(text) + "\n"
     (folder / "report.md").write_text(page, encoding="utf-8")
@@ -120,7 +125,8 @@ def in_training(rows: list[Row], records: list[dict], split: str) -> list[str]:
         return []
     text = [*bars(rows, lambda line: line in trained)]
     for task, norm in main_networks(rows):
-        text += table(rows, task, norm, lambda row: row.line in trained)
+        text += table(rows, task, norm, lambda row: row.line in trained and row.bits is not None)
+        text += shared_out([row for row in rows if row.line in trained], task, norm)
     return text
 
 
@@ -141,20 +147,27 @@ def main_networks(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def figure_rows(rows: list[Row], task: str) -> list[dict]:
-    """Return what the figure shows of the main network: means over seeds."""
-    shown = ("float", "uniform, channel", "k-means, tensor and scale", CALIBRATED, TUNED, SWITCHES, "uniform (LSQ)")
+    """Return what the figure shows of the main network: means over seeds; targets of a method are one line."""
+    shown = ["float", "uniform, channel", "k-means, tensor and scale", CALIBRATED, TUNED, SWITCHES, "uniform (LSQ)"]
+    shown += [line.partition(", target")[0] for line in (MIXED, SHARED_OUT)]
     points: dict[tuple, list[Row]] = {}
     for row in rows:
-        if (row.task, row.norm) == (task, MAIN[task]) and row.line in shown and row.activation_bits is None:
+        main = (row.task, row.norm) == (task, MAIN[task])
+        if main and row.activation_bits is None and label_of(row) in shown:
             points.setdefault((row.line, row.bits), []).append(row)
     return [
         {
-            "label": line,
+            "label": label_of(found[0]),
             "top1": statistics.mean(row.top1 for row in found),
             "bits_per_weight": statistics.mean(row.stored for row in found),
         }
-        for (line, _), found in points.items()
+        for found in points.values()
     ]
+
+
+def label_of(row: Row) -> str:
+    """Return what a point is called in the figure."""
+    return row.line if row.bits is not None else row.line.partition(", target")[0]
 
 
 __all__ = ["write_report"]

@@ -12,6 +12,7 @@ PER_CHANNEL = "k-means, channel, + bias correction"
 TUNED = "k-means, channel, tuned"
 MIXED = "mixed precision, tuned, target 2.1"
 SWITCHES = "ClusterQAT, all switches"
+SHARED_OUT = "ClusterQAT, bits shared out, target"
 FURTHER = "float, further epochs"
 ACTIVATIONS = "ClusterQAT, W4A8"  # apart from W4A8 after training
 # percentage points that a quantized network may lose on average: by task, and by bits or line
@@ -106,6 +107,7 @@ def bars(rows: list[Row], keep: Callable[[str], bool]) -> list[str]:
     lines = ["| network | weights | may lose | against float | after further epochs | verdict |", "|" + "---|" * 6]
     wanted = [(task, line, bits, bar) for task, by_line in PTQ_BARS.items() for (line, bits), bar in by_line.items()]
     wanted += [(task, SWITCHES, bits, bar) for task, by_bits in QAT_BARS.items() for bits, bar in by_bits.items()]
+    wanted += [(task, f"{SHARED_OUT} 2.1", None, by_bits[2]) for task, by_bits in QAT_BARS.items()]
     wanted += [("cifar10", ACTIVATIONS, 4, W4A8_BAR)]
     for task, line, bits, bar in wanted:
         if not keep(line):
@@ -114,7 +116,7 @@ def bars(rows: list[Row], keep: Callable[[str], bool]) -> list[str]:
         if against:
             drop = Difference.of(against)
             further = drops(rows, task, MAIN[task], line, bits, FURTHER)
-            beside = str(Difference.of(further)) if further and line in (SWITCHES, ACTIVATIONS) else ""
+            beside = str(Difference.of(further)) if further and "ClusterQAT" in line else ""
             title = line if bits is None else f"{line}, {bits} bit"
             cells = (TITLES[task], title, f"{bar:.1f}", str(drop), beside, drop.verdict(bar))
             lines.append(f"| {' | '.join(cells)} |")
