@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
-STORY, PYTHON = "From your photographs to a small classifier", "In Python"
+STORY, PYTHON, TRAINED = "From your photographs to a small classifier", "In Python", "A trained model"
 
 
 def blocks(heading: str) -> list[tuple[str, str]]:
