@@ -156,9 +156,10 @@ def choose_bits(
     try:
         allocation = allocate_bits(sizes, costs, int(target * weights))
     except ValueError as error:
+        less = "channel_scale=False" if config.granularity == "per_tensor" else "granularity='per_tensor'"
         raise ValueError(
             f"target_bits_per_weight={target} can't be met with {config.granularity} codebooks ({error}, {weights} "
-            "weights): raise it, or store less beside the codes with granularity='per_tensor'."
+            f"weights): raise it, or store less beside the codes with {less}."
         ) from error
     config = copy.deepcopy(config)
     config.bits_overrides = allocation
