@@ -22,6 +22,7 @@ import torch
 from repvgg_hf.interop.processor import processor_facts
 from repvgg_hf.training.report import masked, write_json
 
+ENVIRONMENT = ("ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS")  # what may change figures
 PACKAGES = ("repvgg-hf", "torch", "transformers", "datasets", "coremltools", "nncf", "onnxruntime", "timm")
 
 
@@ -119,6 +120,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
         "cell": cell.name,
         **cell.facts,
         "command": cell.command(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "versions": _versions(),
         "device": _device(),
         "seconds": round(seconds, 1),

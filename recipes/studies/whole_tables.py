@@ -27,7 +27,10 @@ MAIN = {"cifar10": "OABN", "tiny_imagenet": "OABN, k 24"}  # a bound of 6 leaves
 
 @dataclass(frozen=True)
 class Row:
-    """One network's accuracy: `line` at so many `bits`, and the bits that a weight takes in the file."""
+    """One network's accuracy: `line` at so many `bits`, and the bits that a weight takes in the file.
+
+    `base` is the float network's accuracy where the same run has measured it.
+    """
 
     task: str
     norm: str
@@ -38,6 +41,7 @@ class Row:
     stored: float
     top1: float
     library: str | None = None  # another one, whose method the line is
+    base: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,18 +91,24 @@ def rows_of(records: Iterable[dict], split: str) -> list[Row]:
                 line = (*where, row["line"], row["bits"], row["activation_bits"])
                 rows.append(Row(*line, row["bits_per_weight"], row["top1"], row.get("library")))
         elif record["kind"] == "qat":
-            packed = next(row for row in result["results"] if row["stage"] == "packed")
+            stages = {row["stage"]: row for row in result["results"]}
             line = (*where, record["line"], record["bits"], record.get("activation_bits"))
-            rows.append(Row(*line, packed["bits_per_weight"], packed["top1"]))
+            packed, base = stages["packed"], stages["float"]["top1"]
+            rows.append(Row(*line, packed["bits_per_weight"], packed["top1"], base=base))
         elif record["kind"] == "further":
             rows.append(Row(*where, FURTHER, 32, None, 32.0, result["eval_top1"]))
     return rows
 
 
 def drops(rows: list[Row], task: str, norm: str, line: str, bits: int | None, base: str = "float") -> list[float]:
-    """Return the accuracy of a line less that of `base`, for each seed that has both."""
+    """Return the accuracy of a line less that of `base`, for each seed that has both.
+
+    That of "float" is the run's own, if it has measured it: in float32, while others may evaluate in mixed precision.
+    """
     of = {row.seed: row.top1 for row in rows if (row.task, row.norm, row.line) == (task, norm, base)}
     found = [row for row in rows if (row.task, row.norm, row.line, row.bits) == (task, norm, line, bits)]
+    if base == "float":
+        of |= {row.seed: row.base for row in found if row.base is not None}
     return [row.top1 - of[row.seed] for row in found if row.seed in of]
 
 

@@ -11,7 +11,7 @@ from repvgg_hf.recipes.studies import hold_out
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
 from repvgg_hf.recipes.studies.whole import WholeArguments, choose, plan
 from repvgg_hf.recipes.studies.whole_report import write_report
-from repvgg_hf.recipes.studies.whole_tables import Difference, interpolated, rows_of, summary
+from repvgg_hf.recipes.studies.whole_tables import Difference, Row, drops, interpolated, rows_of, summary
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ class TestCells:
         given = options(source, folder)
         return Cell(name, "studies.hold_out", tuple(given), needs=needs, facts={"kind": "data"})
 
-    def test_what_has_run_is_not_run_again(self, pictures, tmp_path, capfd):
+    def test_what_has_run_is_not_run_again(self, pictures, tmp_path, capfd, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         first = self.cell("a/first", pictures, "first")
         second = self.cell("a/second", pictures, "second", needs=("a/first",))
         run_cells([second, first], tmp_path, parallel=2)
@@ -75,6 +76,7 @@ class TestCells:
         assert (tmp_path / "second" / "test.parquet").is_file() and records[0]["seconds"] > 0
         assert records[0]["command"][:3] == ["python", "-m", "repvgg_hf.recipes.studies.hold_out"]
         assert records[0]["versions"]["torch"] and records[0]["kind"] == "data"
+        assert records[0]["environment"]["ACCELERATE_MIXED_PRECISION"] == "no"
         assert "45 images in train" in (tmp_path / "logs" / "a" / "first.log").read_text()
         capfd.readouterr()
         run_cells([first, second], tmp_path)
@@ -189,7 +191,7 @@ def records(drops: dict[str, list[float]]) -> list[dict]:
             found.append(where | {"kind": "more", "result": {"models": {norm: rows}}})
             packed = {"stage": "packed", "bits_per_weight": 2.1, "top1": 90.0 + seed - drop}
             line = {"kind": "qat", "line": "ClusterQAT, all switches", "bits": 2}
-            found.append(where | line | {"result": {"results": [{"stage": "float", "top1": 1.0}, packed]}})
+            found.append(where | line | {"result": {"results": [{"stage": "float", "top1": 90.0 + seed}, packed]}})
             found.append(where | {"kind": "further", "result": {"eval_top1": 90.5 + seed}})
     return found
 
@@ -201,6 +203,13 @@ class TestReport:
         low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
         assert (difference.mean - difference.half, difference.mean + difference.half) == pytest.approx((low, high))
         assert Difference.of([-0.5]) == Difference(-0.5, None, 1) and str(Difference.of([-0.5])) == "-0.50 (one seed)"
+
+    def test_a_training_is_held_against_the_float_network_as_it_measured_it(self):
+        common = ("cifar10", "OABN", 0)
+        rows = [Row(*common, "float", 32, None, 32.0, 90.0), Row(*common, "tuned", 2, None, 2.0, 89.0)]
+        rows += [Row(*common, "trained", 2, None, 2.0, 89.5, base=89.75)]
+        assert drops(rows, "cifar10", "OABN", "tuned", 2) == [-1.0]
+        assert drops(rows, "cifar10", "OABN", "trained", 2) == [-0.25]
 
     @pytest.mark.parametrize(
         ("values", "bar", "verdict"),
@@ -246,7 +255,8 @@ class TestReport:
             if record["kind"] == "qat":
                 packed = {"stage": "packed", "bits_per_weight": 4.1, "top1": 89.9 + record["seed"]}
                 line = {"line": "ClusterQAT, W4A8", "bits": 4, "activation_bits": 8}
-                found.append(record | line | {"result": {"results": [packed]}})
+                stages = [{"stage": "float", "top1": 90.0 + record["seed"]}, packed]
+                found.append(record | line | {"result": {"results": stages}})
         lines = write_report(found, tmp_path, "test").splitlines()
         further = "-0.60 ± 0.00"
         assert f"| CIFAR-10 | ClusterQAT, W4A8, 4 bit | 0.2 | -0.10 ± 0.00 | {further} | holds |" in lines
