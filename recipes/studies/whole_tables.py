@@ -148,26 +148,31 @@ def table(rows: list[Row], task: str, norm: str, keep: Callable[[Row], bool]) ->
 
 
 def summary(rows: list[Row], task: str = "cifar10") -> str:
-    """Return a short table for the README: mean accuracy of what was done without labels, batch norm beside OABN."""
+    """Return a short table for the README: mean accuracies, batch norm beside OABN, trainings last.
+
+    A mean of fewer networks than there are says of how many.
+    """
     rows = [row for row in rows if row.task == task and row.activation_bits is None and row.library is None]
     norms = ("BN", MAIN[task])
     networks = [len({row.seed for row in rows if row.norm == norm}) for norm in norms]
     heads = [f"{count} with {norm}" for count, norm in zip(networks, norms)]
     lines = [f"| {TITLES[task]}, networks: | {' | '.join(heads)} |", "|---|---|---|"]
-    for line in dict.fromkeys(row.line for row in rows if row.norm == norms[1]):
+    trained = {row.line for row in rows if row.base is not None} | {FURTHER}
+    for line in sorted(dict.fromkeys(row.line for row in rows if row.norm == norms[1]), key=trained.__contains__):
         bits = sorted({row.bits for row in rows if row.line == line and row.bits is not None}, reverse=True)
         widths = f", {' / '.join(map(str, bits))} bits" if bits not in ([], [32]) else ""
         cells = []
-        for norm in norms:
+        for norm, count in zip(norms, networks):
             found = [
                 [row.top1 for row in rows if (row.norm, row.line, row.bits) == (norm, line, b)] for b in bits or [None]
             ]
-            seeds = max(map(len, found))
-            fewer = f" (of {seeds})" if 0 < seeds < networks[norms.index(norm)] else ""
-            means = [f"{statistics.mean(values):.1f}" for values in found if values]
-            cells.append(" / ".join(means) + fewer)
+            cells.append(" / ".join(_mean_of(values, count) for values in found if values))
         lines.append(f"| {line}{widths} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _mean_of(values: list[float], networks: int) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" (of {len(values)})" if len(values) < networks else "")
 
 
 def shared_out(rows: list[Row], task: str, norm: str) -> list[str]:
