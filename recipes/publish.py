@@ -31,6 +31,7 @@ from repvgg_hf.hub.recipe_figures import (
 from repvgg_hf.hub.results import read_json
 from repvgg_hf.interop.formats import FORMATS
 from repvgg_hf.training.arguments import parse_arguments
+from repvgg_hf.training.models import load_float
 from repvgg_hf.training.report import masked, masked_text
 
 
@@ -143,10 +144,10 @@ def gather_results(args: PublishArguments) -> Results | None:
     measured = {path: read_json(path) for path in args.engine_json}
     kernels, histograms = [], []
     if args.train_checkpoint is not None:
-        model = AutoModelForImageClassification.from_pretrained(args.train_checkpoint)
+        model = load_float(args.train_checkpoint, None)
         kernels, histograms = dense_branch_report(model), branch_histograms(model)
     if args.plain_checkpoint is not None:
-        plain = AutoModelForImageClassification.from_pretrained(args.plain_checkpoint)
+        plain = load_float(args.plain_checkpoint, None)
         if plain.config.oabn:
             raise ValueError(f"--plain_checkpoint {args.plain_checkpoint} has OABN: train one with --oabn False.")
         histograms += branch_histograms(plain, before=False)

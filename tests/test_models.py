@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+import repvgg_hf  # noqa: F401  (which the models need)
+
 sys.path.insert(0, str(Path(__file__).parent))
 from journey import README, TRAINED, blocks, tell  # noqa: E402
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 
 from repvgg_hf.analysis import bits_per_weight, kernel_report
 from repvgg_hf.compression.ptq.config import CalibrationConfig
@@ -25,7 +25,7 @@ from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkp
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.batches import calibration_images, evaluation_data
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model
-from repvgg_hf.training.models import build_processor, check_source
+from repvgg_hf.training.models import build_processor, check_source, load_float
 from repvgg_hf.training.report import write_json
 from repvgg_hf.training.splits import DataArguments, align_splits, load_splits
 
@@ -114,7 +114,7 @@ class Line:
 
 def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
     """Evaluate the checkpoint after `quantize(model)`, which returns the model and its bits per weight."""
-    model = AutoModelForImageClassification.from_pretrained(folder).eval().reparameterize()
+    model = load_float(folder, False).eval().reparameterize()
     start = time.perf_counter()
     model, size = quantize(model)
     seconds = time.perf_counter() - start
@@ -124,7 +124,7 @@ def measure(folder: str, quantize, evaluation_set, evaluation_args) -> dict:
 
 def measure_kernels(folder: str) -> dict[str, list[dict]]:
     """Return the tails of the checkpoint's kernels, those of its branches and the fused ones."""
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    model = load_float(folder, False).eval()
     return {"branches": tails_of_convolutions(model), "fused": kernel_report(model)}
 
 

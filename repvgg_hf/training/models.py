@@ -123,7 +123,7 @@ def changes_to_checkpoint(args: ModelArguments, given: set[str]) -> dict:
     return changes
 
 
-def load_float(name: str, dequantize: bool, **arguments):
+def load_float(name: str, dequantize: bool | None, **arguments):
     """Load the classifier called `name` in float32; `arguments` are those of `from_pretrained`.
 
     It may be stored with fewer bits: steps of training are too small for bfloat16 weights, which would round them away.
