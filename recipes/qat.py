@@ -27,7 +27,7 @@ from transformers import AutoModelForImageClassification
 
 from repvgg_hf import ClusterConfig, RepVGGConfig
 from repvgg_hf.analysis import bits_per_weight, checkpoint_bytes
-from repvgg_hf.compression.ptq.config import ACTIVATION_RANGES, CalibrationConfig
+from repvgg_hf.compression.ptq.config import ACTIVATION_RANGES, CalibrationConfig, check_use_of_ranges
 from repvgg_hf.compression.qat.config import QATConfig, check_qat_options
 from repvgg_hf.compression.qat.distillation import Distillation
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
@@ -118,10 +118,25 @@ class QATArguments(PhaseArguments):
         )
 
 
-def check_options(args: QATArguments, quantization: QuantizationOptions, qat_config: QATConfig) -> None:
-    """Raise `ValueError` for options that don't fit each other: a bad one shall not cost the float training."""
-    args.calibration_config()
+def check_options(
+    args: QATArguments, quantization: QuantizationOptions, qat_config: QATConfig, source: str | None, given: set[str]
+) -> None:
+    """Raise `ValueError` for options that don't fit each other: a bad one shall not cost the float training.
+
+    `source` is the float checkpoint to start from, if any, and `given` are the options that the command names.
+    """
+    check_use_of_ranges(args.calibration_config(), quantization.activation_bits is not None)
     check_qat_options(quantization, qat_config)
+    idle = sorted(given & {"num_float_epochs", "float_learning_rate"})
+    if source is not None and idle:
+        raise ValueError(
+            f"--{idle[0]} is of float training, and --model_name_or_path {source} is trained: leave one out."
+        )
+    if "distillation_temperature" in given and not args.distillation_weight:
+        raise ValueError(
+            "--distillation_temperature does nothing without --distillation_weight: give that, such as 0.5, or leave "
+            "the temperature out."
+        )
     if args.blend_ratio and qat_config.blend_steps:
         raise ValueError(
             f"--blend_ratio {args.blend_ratio} and --blend_steps {qat_config.blend_steps} say the same: give one."
@@ -222,7 +237,7 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, QATArguments, QuantizationOptions, QATConfig), arguments, FOLDER
     )
     model_args, data_args, args, quantization, qat_config = options
-    check_options(args, quantization, qat_config)
+    check_options(args, quantization, qat_config, model_args.model_name_or_path, given)
     check_picture_folder(data_args, given)
     check_source(model_args.model_name_or_path, model_args.dequantize)
     resume = resume_place(args.resume_from_checkpoint)

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import shlex
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import repvgg_hf
 from repvgg_hf import ClusterConfig
 from repvgg_hf.analysis import bits_per_weight, bits_with_one_codebook, checkpoint_bytes
 from repvgg_hf.analysis.plots import import_matplotlib, plot_accuracy
-from repvgg_hf.compression.ptq.config import CalibrationConfig
+from repvgg_hf.compression.ptq.config import OF_STEP, CalibrationConfig, check_use_of_ranges
 from repvgg_hf.recipes.peers import PeerMethod, peer_methods
 from repvgg_hf.runtime.logs import quiet
 from repvgg_hf.runtime.quantization_cluster import QuantizationOptions
@@ -151,11 +152,17 @@ class SweepCalibration(CalibrationConfig):
             return {"quantized": self.config()}
         if not args.ablation:
             return {"tuned" if self.tuning_steps else "calibrated": self.config()}
-        steps = {"quantized": self.config(**STEPS_OFF)}
-        for name, off in STEPS_OFF.items():
-            if getattr(self, name) != off:
-                steps[name] = dataclasses.replace(list(steps.values())[-1], **{name: getattr(self, name)})
+        steps = {"quantized": self.config(**off(STEPS_OFF))}
+        for number, (name, value) in enumerate(STEPS_OFF.items()):
+            if getattr(self, name) != value:
+                steps[name] = self.config(**off(list(STEPS_OFF)[number + 1 :]))
         return steps
+
+
+def off(steps: Iterable[str]) -> dict:
+    """The options of a [`CalibrationConfig`] without these `steps`, and without what these alone use."""
+    idle = {name: getattr(CalibrationConfig, name) for name, (step, _) in OF_STEP.items() if step in steps}
+    return idle | {step: STEPS_OFF[step] for step in steps}
 
 
 @dataclass
@@ -189,6 +196,7 @@ def plan(args: QuantizeArguments, sweep: SweepOptions, calibration: SweepCalibra
     for name, given in needs_images.items():
         if given and args.calibration_images == 0:
             raise ValueError(f"--{name} needs images to calibrate on: add --calibration_images 512.")
+    check_use_of_ranges(calibration, sweep.activation_bits is not None)
     trials = []
     for method, granularity in itertools.product(sweep.method, sweep.granularity):
         for stage, settings in calibration.stages(args).items():
@@ -280,8 +288,14 @@ def measure_peer(peer: PeerMethod, bits: int, output_dir: Path, batches, against
 
 
 def check_options(args: QuantizeArguments, data_args: DataArguments, given: set[str]) -> None:
-    """Raise `ValueError` for a folder that is not there, `ImportError` if plots are asked for without matplotlib."""
+    """Raise `ValueError` for a folder that is not there, or an option that does nothing beside the others.
+
+    Raises `ImportError` if plots are asked for without matplotlib.
+    """
     check_picture_folder(data_args, given)
+    idle = sorted(given & {option.name for option in dataclasses.fields(CalibrationConfig)})
+    if idle and args.calibration_images == 0:
+        raise ValueError(f"--{idle[0]} says how to calibrate, and --calibration_images 0 does not: leave one out.")
     try:
         if args.plot:
             import_matplotlib()  # or it would be missed at the end

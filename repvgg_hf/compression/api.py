@@ -36,7 +36,7 @@ from .layers import (
     warn_of_float_layers,
 )
 from .ptq.calibrate import calibrate, share_out_bits
-from .ptq.config import CalibrationConfig, check_use_in_training
+from .ptq.config import CalibrationConfig, check_use_in_training, check_use_of_ranges
 from .ptq.data import CalibrationData
 from .ptq.input_ranges import observe_ranges
 from .qat.callback import warn_of_unmoved_codebooks
@@ -307,6 +307,7 @@ def _post_training(
     if calibration is None:
         return config, quantize_layers(layers, config)
     calibration_config = _checked(calibration_config, CalibrationConfig, "calibration_config")
+    check_use_of_ranges(calibration_config, config.activation_bits is not None)
     float_model, data = _float_model_and_data(model, calibration, calibration_config)
     return calibrate(float_model, config, data, calibration_config, last_map)
 

@@ -19,7 +19,7 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     output = run(
         "quantize", "--model_name_or_path", checkpoint, "--output_dir", tmp_path, "--bits", 3,
         "--granularity", "per_channel", *CALIBRATED, "--ablation", "True", "--sensitivity", "fisher",
-        "--target_bits_per_weight", 5.5, "--activation_range", "minmax", "--tuning_steps", 2,
+        "--target_bits_per_weight", 5.5, "--activation_memory", 1, "--tuning_steps", 2,
     )  # fmt: skip
     record = json.loads((tmp_path / "quantize_results.json").read_text())
     assert record["calibration_images"] == 48 and record["images"] == 40 and record["peers"] == []
@@ -34,7 +34,7 @@ def test_ablation_adds_one_step_after_the_other(checkpoint, tmp_path, run):
     on = {"sensitivity": "fisher", "error_compensation": True, "bias_correction": True, "tuning_steps": 2}
     assert rows["float"]["calibration_config"] is None and rows[plain]["calibration_config"] is None
     for count, step in enumerate(STEPS, 1):
-        expected = off | {name: on[name] for name in STEPS[:count]} | {"activation_range": "minmax"}
+        expected = off | {name: on[name] for name in STEPS[:count]} | {"activation_memory": 1.0}
         expected = vars(CalibrationConfig(**expected, calibration_batch_size=16))
         assert rows[f"{plain}-{step}"]["calibration_config"] == expected
     labels = [row["label"] for row in record["results"]]
@@ -110,6 +110,20 @@ def test_combinations_take_only_the_options_that_they_have():
         SweepOptions(group_size=4)
 
 
+def test_steps_that_are_off_leave_out_what_they_alone_use():
+    from repvgg_hf.recipes.quantize import QuantizeArguments, SweepCalibration
+
+    calibration = SweepCalibration(tuning_steps=300, tuning_learning_rate=0.01, damping=0.1)
+    stages = calibration.stages(QuantizeArguments(model_name_or_path="", ablation=True))
+    used = {name: (stage.damping, stage.tuning_learning_rate) for name, stage in stages.items()}
+    assert used == {
+        "quantized": (0.01, 0.001),
+        "error_compensation": (0.1, 0.001),
+        "bias_correction": (0.1, 0.001),
+        "tuning_steps": (0.1, 0.01),
+    }
+
+
 BAD = {
     "--bits 9": "bits must be an integer from 1 to 8, got 9",
     "--method kmeans": "method must be one of cluster, uniform, got 'kmeans'",
@@ -117,6 +131,8 @@ BAD = {
     "--calibration_images 0 --activation_bits 8": "--activation_bits needs images to calibrate on",
     "--calibration_images 0 --target_bits_per_weight 3.2": "--target_bits_per_weight needs images to calibrate on",
     "--calibration_images 0 --tuning_steps 9": "--tuning_steps needs images to calibrate on",
+    "--calibration_images 0 --order one_pass": "--order says how to calibrate, and --calibration_images 0 does not",
+    "--activation_range minmax": "activation_range='minmax' is for quantized activations, and activation_bits is None",
     "--calibration_images 8 --target_bits_per_weight 9": "target_bits_per_weight must be from 1 to 8, got 9.0",
     "--calibration_images 8 --sensitivity hessian": "sensitivity must be one of none, fisher, got 'hessian'",
     "--tolerance -1": "--tolerance must be from 0 to 100 percentage points, got -1.0",

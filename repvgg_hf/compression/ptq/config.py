@@ -101,8 +101,6 @@ class CalibrationConfig:
             raise ValueError(
                 f"tuning_learning_rate must be above 0 and below 1, such as 0.001, got {self.tuning_learning_rate!r}."
             )
-        if self.tuning_steps == 0 and self.tuning_learning_rate != type(self).tuning_learning_rate:
-            raise ValueError("tuning_learning_rate does nothing without tuning_steps: give tuning_steps=300, or none.")
         if not isinstance(self.damping, (int, float)) or not self.damping > 0:
             raise ValueError(f"damping must be a positive number, got {self.damping!r}.")
         if not isinstance(self.activation_memory, (int, float)) or not self.activation_memory >= 0:
@@ -112,10 +110,28 @@ class CalibrationConfig:
             raise ValueError(
                 f"target_bits_per_weight must be from 1 to 8, got {target!r}: a code has at least one bit."
             )
+        for name, (step, value) in OF_STEP.items():
+            if not getattr(self, step) and getattr(self, name) != getattr(CalibrationConfig, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does nothing without {step}: give {step}={value}, or leave {name} "
+                    "out."
+                )
 
+
+# options of a step, that do nothing where it is off: (the step, a value of it that is on)
+OF_STEP = {"tuning_learning_rate": ("tuning_steps", 300), "damping": ("error_compensation", True)}
 
 # what `prepare_qat` uses of these options
 IN_TRAINING = ("calibration_batch_size", "target_bits_per_weight", "activation_range", "activation_memory")
+
+
+def check_use_of_ranges(options: CalibrationConfig, activations: bool) -> None:
+    """Raise `ValueError` for the option of input ranges, if no `activations` are rounded, so that there are none."""
+    if not activations and options.activation_range != CalibrationConfig.activation_range:
+        raise ValueError(
+            f"activation_range={options.activation_range!r} is for quantized activations, and activation_bits is "
+            "None: set that to 8, say, or leave activation_range out."
+        )
 
 
 def check_use_in_training(options: CalibrationConfig, given: bool, activations: bool) -> None:
@@ -130,6 +146,7 @@ def check_use_in_training(options: CalibrationConfig, given: bool, activations: 
                 f"{field_.name}={value!r} does nothing in prepare_qat(), where training finds the codes: leave it "
                 "out, or give it to quantize() of the float model."
             )
+    check_use_of_ranges(options, activations)
     if given and not activations and options.target_bits_per_weight is None:
         raise ValueError(
             "Calibration images only find input ranges (activation_bits) and each layer's bits "

@@ -33,7 +33,11 @@ def test_the_defaults():
         ({"tuning_learning_rate": 0}, "^tuning_learning_rate must be above 0 and below 1, such as 0.001, got 0"),
         (
             {"tuning_learning_rate": 0.01},
-            "^tuning_learning_rate does nothing without tuning_steps: give tuning_steps=300",
+            "^tuning_learning_rate=0.01 does nothing without tuning_steps: give tuning_steps=300, or leave",
+        ),
+        (
+            {"damping": 0.1, "error_compensation": False},
+            "^damping=0.1 does nothing without error_compensation: give error_compensation=True, or leave damping out",
         ),
         ({"tuning_learning_rate": "1"}, "^tuning_learning_rate must be above 0 and below 1, such as 0.001, got '1'"),
         ({"target_bits_per_weight": 0.9}, "^target_bits_per_weight must be from 1 to 8, got 0.9"),
