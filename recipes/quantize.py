@@ -49,7 +49,10 @@ from repvgg_hf.training.sweep_report import (
 )
 
 # what calibration adds, in this order, and what each is when it is off
-STEPS_OFF = {"sensitivity": "none", "error_compensation": False, "bias_correction": False, "tuning_steps": 0}
+STEPS_OFF = {
+    "equalization": None, "sensitivity": "none", "error_compensation": False, "bias_correction": False,
+    "tuning_steps": 0,
+}  # fmt: skip
 
 
 @dataclass

@@ -51,6 +51,10 @@ ACTIVATIONS = {
     name: {"bits": bits, "activation_bits": activation_bits}
     for name, bits, activation_bits in (("W8A8", 8, 8), ("W4A8", 4, 8), ("W4A4", 4, 4))
 }
+# title: (options of quantize, those of CalibrationConfig)
+EQUALIZED = {f"{name}, equalized": (options, {"equalization": 0.3}) for name, options in ACTIVATIONS.items()}
+EQUALIZED["W4A8, channel, equalized, tuned"] = (CHANNEL | ACTIVATIONS["W4A8"], TUNED | {"equalization": 0.3})
+WITH_ACTIVATIONS = {name: (options, {}) for name, options in ACTIVATIONS.items()} | EQUALIZED
 TARGETS = (2.33, 2.5, 3.2)  # bits per weight, mixed precision
 
 
@@ -70,6 +74,10 @@ class PTQStudyArguments:
     others: bool = field(
         default=True, metadata={"help": "Lines with quantized activations and of mixed precision, too."}
     )
+    activations: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Further lines with quantized activations: {'; '.join(WITH_ACTIVATIONS)}."},
+    )
     tuned_targets: list[float] = field(
         default_factory=list, metadata={"help": "Bits per weight of further lines of mixed precision, tuned."}
     )
@@ -88,6 +96,9 @@ class PTQStudyArguments:
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"--methods must be of {'; '.join(METHODS)}, got {name!r}.")
+        for name in self.activations:
+            if name not in WITH_ACTIVATIONS:
+                raise ValueError(f"--activations must be of {'; '.join(WITH_ACTIVATIONS)}, got {name!r}.")
 
 
 @dataclass
@@ -161,8 +172,8 @@ def lines(study: PTQStudyArguments, images: torch.Tensor) -> dict[str, Line]:
     for title in study.methods:
         options, calibration = METHODS[title]
         chosen |= {f"{title}|{b}": ours(title, options | {"bits": b}, calibration, images) for b in study.bits}
-    others = ACTIVATIONS if study.others else {}
-    chosen |= {title: ours(title, options, {}, images) for title, options in others.items()}
+    for title in (*(ACTIVATIONS if study.others else ()), *study.activations):
+        chosen[title] = ours(title, *WITH_ACTIVATIONS[title], images)
     for target in TARGETS if study.others else ():
         title = f"mixed precision, target {target}"
         chosen[title] = ours(title, {}, {"target_bits_per_weight": target}, images)

@@ -14,6 +14,7 @@ from pathlib import Path
 from repvgg_hf.recipes.qat import QATArguments
 from repvgg_hf.recipes.studies import oabn, qat
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
+from repvgg_hf.recipes.studies.ptq import EQUALIZED
 from repvgg_hf.recipes.studies.whole_report import write_report
 from repvgg_hf.recipes.studies.whole_tables import ACTIVATIONS, MAIN, SHARED_OUT, TUNED
 from repvgg_hf.training.arguments import parse_arguments
@@ -192,6 +193,8 @@ class Planner:
             "2.33",
         )
         cells.append(self.after_training("tuned", norm, seed, lines))
+        lines = ("--methods", "none", "--others", "False", "--activations", *EQUALIZED)
+        cells.append(self.after_training("equalized", norm, seed, lines))
         for library in self.args.peers:
             lines = (*widths, "--methods", "none", "--others", "False", "--peers", library)
             cells.append(self.after_training(library, norm, seed, lines))

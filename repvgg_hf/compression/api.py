@@ -16,6 +16,7 @@ from ..networks.oabn import settle_outlier_bounds
 from ..runtime.cluster_layers import cluster_layers
 from ..runtime.layer_swaps import (
     all_names,
+    convertible_layers,
     dequantize_layers,
     replace_with_cluster_layers,
     warn_of_half_biases,
@@ -38,6 +39,7 @@ from .layers import (
 from .ptq.calibrate import calibrate, share_out_bits
 from .ptq.config import CalibrationConfig, check_use_in_training, check_use_of_ranges
 from .ptq.data import CalibrationData
+from .ptq.equalize import equalize
 from .ptq.input_ranges import observe_ranges
 from .qat.callback import warn_of_unmoved_codebooks
 from .qat.config import QATConfig, check_qat_options
@@ -309,6 +311,8 @@ def _post_training(
     calibration_config = _checked(calibration_config, CalibrationConfig, "calibration_config")
     check_use_of_ranges(calibration_config, config.activation_bits is not None)
     float_model, data = _float_model_and_data(model, calibration, calibration_config)
+    if calibration_config.equalization is not None:
+        equalize(float_model, convertible_layers(float_model, config), data, calibration_config.equalization)
     return calibrate(float_model, config, data, calibration_config, last_map)
 
 

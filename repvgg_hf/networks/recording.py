@@ -272,8 +272,10 @@ class _Recorder(TorchFunctionMode):
 
     def _overwritten(self, node: Node, tensor: torch.Tensor) -> None:
         """Make the node the new value of `tensor`; other tensors with the same memory have changed as well."""
-        aliases = [alias for ref in self.sharing[_address(tensor)] if (alias := ref()) is not None]
-        aliases = [alias for alias in aliases if alias is not tensor]
+        address = _address(tensor)
+        aliases = [alias for ref in self.sharing[address] if (alias := ref()) is not None and alias is not tensor]
+        # a weight that was laid out anew (`data = `) is elsewhere by now, and its old memory may be this tensor's
+        aliases = [alias for alias in aliases if _address(alias) == address]
         first = node.args[0] if node.args and isinstance(node.args[0], Ref) else None
         if first is not None and not aliases and self.numbers.get(tensor) == first:
             number = self.add(tensor, dataclasses.replace(node, in_place=True, users=set()))

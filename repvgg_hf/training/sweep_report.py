@@ -111,7 +111,9 @@ def waste(row: dict) -> str | None:
 
 
 def tuning_helps(rows: list[dict], chosen: dict, small: bool, images: int, command: list[str]) -> str | None:
-    """Return the sentence about tuning and bits shared out; `None` if some of `rows` are tuned, or it needs none.
+    """Return the sentence about tuning, bits shared out, and equalization for activations that are rounded.
+
+    It is `None` if some of `rows` are tuned, or it needs none.
 
     `command` are the options that name the float checkpoint and the images. Each layer having its own bits, the model
     that it names is as large as the one with the fewest.
@@ -121,12 +123,16 @@ def tuning_helps(rows: list[dict], chosen: dict, small: bool, images: int, comma
         return None
     stored = math.ceil(10 * found["bits_per_weight"]) / 10
     more = ["--method", found["method"], "--granularity", found["granularity"], "--bits", f"{found['bits']:g}"]
+    scaled = ""
     if found["activation_bits"] is not None:
         more += ["--activation_bits", str(found["activation_bits"])]
+        if not any((row.get("calibration_config") or {}).get("equalization") is not None for row in rows):
+            more += ["--equalization", "0.3"]
+            scaled = ", and channels scaled to one range"
     more += ["--target_bits_per_weight", f"{stored:.1f}", "--tuning_steps", "300"]
     return (
         f"Fewer bits without labels: of the {drop_of(found, images).points:.1f} points that {found['model']} drops, "
-        "tuning wins some back, and so do bits for each layer by its need: "
+        f"tuning wins some back, and so do bits for each layer by its need{scaled}: "
         f"repvgg-hf quantize {shlex.join([*command, *more])}"
     )
 

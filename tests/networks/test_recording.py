@@ -94,6 +94,19 @@ def test_overwriting_through_a_view():
     assert last.name == "" and last.inputs
 
 
+def test_memory_that_a_weight_has_left():
+    """A layer may lay out its weight anew when it first runs; what comes to lie there is no other name of it."""
+
+    class Moves(nn.Conv2d):
+        def forward(self, x):
+            self.weight.data = self.weight.data.clone()
+            return F.relu(x, inplace=True)
+
+    model = Moves(3, 3, 1)
+    recording = record(model, model.weight.data.view(1, 1, 3, 3))
+    assert [node.name for node in recording.nodes] == ["", "relu"] and recording.nodes[1].in_place
+
+
 def test_constant_that_is_filled_with_values():
     def function(conv, x):
         y = torch.zeros(1, 3, 4, 4)

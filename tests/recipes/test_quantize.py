@@ -113,11 +113,13 @@ def test_combinations_take_only_the_options_that_they_have():
 def test_steps_that_are_off_leave_out_what_they_alone_use():
     from repvgg_hf.recipes.quantize import QuantizeArguments, SweepCalibration
 
-    calibration = SweepCalibration(tuning_steps=300, tuning_learning_rate=0.01, damping=0.1)
+    calibration = SweepCalibration(equalization=0.3, tuning_steps=300, tuning_learning_rate=0.01, damping=0.1)
     stages = calibration.stages(QuantizeArguments(model_name_or_path="", ablation=True))
     used = {name: (stage.damping, stage.tuning_learning_rate) for name, stage in stages.items()}
+    assert [stage.equalization for stage in stages.values()] == [None, 0.3, 0.3, 0.3, 0.3]
     assert used == {
         "quantized": (0.01, 0.001),
+        "equalization": (0.01, 0.001),
         "error_compensation": (0.1, 0.001),
         "bias_correction": (0.1, 0.001),
         "tuning_steps": (0.1, 0.01),

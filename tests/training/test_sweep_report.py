@@ -56,7 +56,10 @@ def test_training_is_named_only_where_fewer_bits_need_it():
         "--target_bits_per_weight 2.1 --tuning_steps 300"
     )
     few = [row("w2-a4", 2, 500, 40, activation_bits=4), row("w2.1-mixed", 2.1, 510, 30, stage="mixed")]
-    assert "--bits 2 --activation_bits 4 --target" in tuning_helps(few, *choose(few, IMAGES, 1.0), IMAGES, command)
+    told = tuning_helps(few, *choose(few, IMAGES, 1.0), IMAGES, command)
+    assert "scaled to one range: " in told and "--bits 2 --activation_bits 4 --equalization 0.3 --target" in told
+    few[0]["calibration_config"] = {"tuning_steps": 0, "equalization": 0.5}
+    assert "--activation_bits 4 --target" in tuning_helps(few, *choose(few, IMAGES, 1.0), IMAGES, command)
     tuned = [*rows, row("w3-tuned", 3, 750, 3, calibration_config={"tuning_steps": 300})]
     assert tuning_helps(tuned, *choose(tuned, IMAGES, 1.0), IMAGES, command) is None
     assert tuning_helps(rows[:1], *choose(rows[:1], IMAGES, 1.0), IMAGES, command) is None

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from repvgg_hf import RepVGGForImageClassification
 from repvgg_hf.recipes.studies import ptq
@@ -40,6 +41,15 @@ def test_a_quantized_checkpoint_is_refused_before_any_work(digits_checkpoint, ru
     printed = run("studies.ptq", "--models", *models, "--image_size", 8, "--output_json", figures, expect=1)
     assert f"{quantized} is quantized to 4 bits" in printed and "again: give the float checkpoint that" in printed
     assert not figures.exists()
+
+
+def test_equalized_lines_are_further_ones():
+    study = ptq.PTQStudyArguments(models=[], methods=["none"], others=False, activations=["W4A8", "W4A8, equalized"])
+    plain, equalized = (ptq.lines(study, torch.zeros(1, 3, 8, 8))[name].row() for name in study.activations)
+    assert plain["calibration_config"] == {} and equalized["calibration_config"] == {"equalization": 0.3}
+    assert plain["options"] == equalized["options"] == {"bits": 4, "activation_bits": 8}
+    with pytest.raises(ValueError, match="^--activations must be of W8A8; .* got 'W2A2'"):
+        ptq.PTQStudyArguments(models=[], activations=["W2A2"])
 
 
 def test_seeds_share_a_table_of_means():
