@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import repvgg_hf
 from repvgg_hf.recipes.studies.branch_networks import BLOCKS, build_network
-from repvgg_hf.recipes.studies.shared import tails_of_convolutions
+from repvgg_hf.recipes.studies.shared import require_same, tails_of_convolutions
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.batches import collate, evaluation_data, training_data
 from repvgg_hf.training.loop import PhaseArguments, train_phase
@@ -75,18 +75,21 @@ def accuracy(model: nn.Module, data, batch_size: int) -> float:
     return 100 * right / len(data)
 
 
-def study_network(name: str, norm: str, data: dict, args: GeneralizationArguments) -> dict:
+def settings_of(args: GeneralizationArguments, data_args: DataArguments) -> dict:
+    """What the figures of a training depend on besides the network and the seed."""
+    settings = {"epochs": args.num_train_epochs, "bf16": args.bf16, "oabn_threshold": args.oabn_threshold}
+    settings |= {"learning_rate": args.learning_rate, "batch_size": args.per_device_train_batch_size}
+    names = ("augmentation", "image_size", "max_train_samples", "max_eval_samples")
+    return settings | {name: getattr(data_args, name) for name in names}
+
+
+def study_network(name: str, norm: str, data: dict, args: GeneralizationArguments, settings: dict) -> dict:
     """Train one network with `norm`, "BN" or "OABN", and return its figures."""
     set_seed(args.seed)
     model = build_network(BLOCKS[name], data["classes"])
     example = data["validation"][0]["pixel_values"][None]
-    record = {
-        "network": name,
-        "norm": norm,
-        "epochs": args.num_train_epochs,
-        "bf16": args.bf16,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    record = {"network": name, "norm": norm, **settings, "parameters": parameters}
     if norm == "OABN":
         report = repvgg_hf.add_oabn(model, example, args.oabn_threshold)
         record["bounded_branches"] = sum(len(branches.others) for branches in report.bounded)
@@ -147,13 +150,14 @@ def main(arguments: list[str] | None = None) -> dict:
         "validation": evaluation_data(splits["validation"], data_args, processor, cache=True),
         "classes": len(splits["train"].classes),
     }
-    records = []
+    records, settings = [], settings_of(args, data_args)
     for name in args.networks:
         for norm in ("BN", "OABN") if has_bounds(name, data["validation"][0]["pixel_values"][None]) else ("BN",):
             path = Path(args.output_dir) / f"{name.lower()}-{norm.lower()}-{args.seed}.json"
             if not path.exists():
-                write_json(path, study_network(name, norm, data, args))
+                write_json(path, study_network(name, norm, data, args, settings))
             records.append(json.loads(path.read_text(encoding="utf-8")))
+            require_same(path, records[-1], settings)
     table = markdown(records, args.seed)
     joined = {"recipe": "recipes/studies/generalization.py", "seed": args.seed, "networks": records}
     write_json(args.output_json, joined)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from repvgg_hf.recipes.studies.shared import StudyArguments, run_recipe
+from repvgg_hf.recipes.studies.shared import StudyArguments, require_same, run_recipe
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.report import write_json
 
@@ -51,10 +51,11 @@ def study_norm(norm: str, args: OABNStudyArguments) -> dict:
         limits["use_cpu"] = not torch.accelerator.is_available()  # Trainer wants to be told before it uses bf16 there
         more = shared | limits | {"output_dir": folder, "resume_from_checkpoint": True}  # if it was interrupted
         run_recipe("train", f"{NETWORK} {TRAINING} {NORMS[norm]}", more)
+    train = json.loads((folder / "train_results.json").read_text())
+    require_same(folder / "train_results.json", train, {"seed": args.seed, "epoch": args.num_train_epochs})
     quantized = folder / "quantize"
     run_recipe("quantize", quantization(args), shared | {"model_name_or_path": folder, "output_dir": quantized})
     ptq = json.loads((quantized / "quantize_results.json").read_text())
-    train = json.loads((folder / "train_results.json").read_text())
     return {
         "parameters": train["parameters"],
         "trained_top1": train["eval_top1"],

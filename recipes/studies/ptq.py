@@ -21,7 +21,13 @@ from transformers import AutoConfig
 from repvgg_hf.analysis import bits_per_weight, kernel_report
 from repvgg_hf.compression.ptq.config import CalibrationConfig
 from repvgg_hf.recipes.peers import PeerMethod, peer_methods
-from repvgg_hf.recipes.studies.shared import mean, rows_by_network, split_checkpoints, tails_of_convolutions
+from repvgg_hf.recipes.studies.shared import (
+    mean,
+    require_same,
+    rows_by_network,
+    split_checkpoints,
+    tails_of_convolutions,
+)
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.batches import calibration_images, evaluation_data
 from repvgg_hf.training.evaluation import EvaluationArguments, evaluate_model
@@ -203,13 +209,15 @@ def main(arguments: list[str] | None = None) -> dict:
         "seed": seed,
         "models": {},
     }
-    if path.exists():
-        record["models"] = json.loads(path.read_text())["models"]
     processor = build_processor(next(iter(checkpoints.values()))[0], data_args)
     splits = load_splits(data_args, seed=seed)
+    record["images"] = len(splits["validation"])
+    if path.exists():
+        before = json.loads(path.read_text())
+        require_same(path, before, {name: value for name, value in record.items() if name != "models"})
+        record["models"] = before["models"]
     calibration_set = calibration_images(splits["train"], study.calibration_images, data_args, processor, seed)
     images = torch.stack([example["pixel_values"] for example in calibration_set])
-    record["images"] = len(splits["validation"])
     for name, (folder, network) in checkpoints.items():
         results = record["models"].setdefault(name, {})
         aligned = align_splits(splits, AutoConfig.from_pretrained(folder), data_args)["validation"]

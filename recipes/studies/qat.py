@@ -14,7 +14,14 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from repvgg_hf.recipes.studies.shared import StudyArguments, mean, rows_by_network, run_recipe, split_checkpoints
+from repvgg_hf.recipes.studies.shared import (
+    StudyArguments,
+    mean,
+    require_same,
+    rows_by_network,
+    run_recipe,
+    split_checkpoints,
+)
 from repvgg_hf.training.arguments import parse_arguments
 from repvgg_hf.training.report import write_json
 
@@ -115,9 +122,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "seed": study.seed,
     }
     if path.exists():
-        before = {name: value for name, value in json.loads(path.read_text()).items() if name != "models"}
-        if before != settings:
-            raise ValueError(f"{path} has figures of other runs, {before}, now {settings}: give another --output_json.")
+        require_same(path, json.loads(path.read_text()), settings)
     for name, (folder, network) in checkpoints.items():
         for key, (title, options) in study.lines().items():
             if key in recorded(path).get(name, {}):

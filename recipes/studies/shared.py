@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -38,6 +39,16 @@ def run_recipe(module: str, options: str, more: dict, **environment) -> None:
         if value is not None:
             command += [f"--{option}", str(value)]
     subprocess.run(command, check=True, env=os.environ | environment)
+
+
+def require_same(path: Path, found: dict, asked: dict) -> None:
+    """Raise `ValueError` if the file at `path` has figures, `found` there, of other settings than those `asked` for."""
+    other = [name for name in asked if found.get(name) != asked[name]]
+    if other:
+        was, now = (", ".join(f"{name}={settings.get(name)!r}" for name in other) for settings in (found, asked))
+        raise ValueError(
+            f"{path} has figures of {was}, and {now} is asked for: give the same options, or another place to write to."
+        )
 
 
 def split_checkpoints(models: list[str]) -> dict[str, tuple[str, dict]]:

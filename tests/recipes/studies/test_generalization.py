@@ -53,6 +53,8 @@ def test_it_trains_each_network_once(tmp_path, run):
     (tmp_path / "acb-bn-0.json").write_text(json.dumps(changed))
     run(*options)
     assert "12.34" in (tmp_path / "all.md").read_text()
+    printed = run(*options, "--learning_rate", "0.2", expect=1)
+    assert "acb-bn-0.json has figures of learning_rate=0.1, and learning_rate=0.2 is asked for: give the" in printed
 
 
 def test_a_name_that_it_does_not_know_is_an_error():

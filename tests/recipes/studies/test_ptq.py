@@ -32,6 +32,8 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run, tmp_path):
     run("studies.ptq", *options)
     again = json.loads(figures.read_text())["models"]["tiny/7"]
     assert again["k-means, channel|3"]["top1"] == 12.34 and "W4A8" in again
+    printed = run("studies.ptq", *options, "--calibration_images", 16, expect=1)
+    assert "study.json has figures of calibration_images=32, and calibration_images=16 is asked for" in printed
 
 
 def test_a_quantized_checkpoint_is_refused_before_any_work(digits_checkpoint, run, tmp_path):
