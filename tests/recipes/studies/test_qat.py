@@ -32,7 +32,7 @@ def test_it_goes_on_where_it_stopped(digits_checkpoint, run, tmp_path):
     run("studies.qat", *options)
     again = json.loads(figures.read_text())["models"]["tiny/7"]
     assert again["ClusterQAT|2"]["top1"] == 12.34 and "W4A8" in again
-    with pytest.raises(ValueError, match="give another --output_json"):
+    with pytest.raises(ValueError, match="has figures of seed=0, and seed=1 is asked for"):
         qat.main([*map(str, options), "--seed", "1"])
 
 
