@@ -22,9 +22,9 @@ from repvgg_hf.training.splits import DataArguments
 
 QAT_LINES = ("uniform (LSQ)", "ClusterQAT", "ClusterQAT, all switches")
 ABLATED = ("uniform, tensor", "uniform, channel", "k-means, tensor and scale", "k-means, tensor and scale, calibrated")
-# of all trainings that go on from a float network: of 0.03, 0.01, 0.004 and 0.0015 the best at 2 bits on
-# held-out images; with 1 bit 0.04 was too much for these networks
-RATE = 0.004
+# of all trainings that go on from a float network: of 0.03, 0.01, 0.004 and 0.0015 the best at 2 bits on held-out
+# images, and at 1 bit of 0.04, 0.02, 0.012 and 0.004
+RATE, RATES = 0.004, {1: 0.012}
 TRAINED_TARGETS = (2.1, 1.5)  # stored bits per weight, shared out by layer
 AFTER_TRAINING = (*ABLATED, "uniform, channel, calibrated", "k-means, channel", "k-means, channel, + bias correction")
 
@@ -201,7 +201,7 @@ class Planner:
         cells.append(self.further(norm, seed))
         for bits in self.task.qat_bits:
             for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
-                text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {RATE}"
+                text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {RATES.get(bits, RATE)}"
                 cells.append(self.trained(line, norm, seed, text, bits=bits))
         for target in TRAINED_TARGETS:
             text = f"{qat.SWITCHES} --calibration_images 512 --target_bits_per_weight {target} --learning_rate {RATE}"
