@@ -11,7 +11,9 @@ the NPU alone; other widths are "incompatible with HW capabilities". Grouped con
 """
 
 import copy
+import copyreg
 import os
+import types
 from functools import partial
 
 import nncf
@@ -28,6 +30,9 @@ from nncf.quantization.advanced_parameters import (
 from torch import nn
 
 from repvgg_hf.recipes.peers import Logits, PeerMethod
+
+# NNCF 3.4 copies its graph of the model, which has attributes of torch.Tensor in it that torch 2.14 can't copy
+copyreg.pickle(types.GetSetDescriptorType, lambda found: (getattr, (found.__objclass__, found.__name__)))
 
 INTEGERS = {8: Mode.INT8_ASYM, 4: Mode.INT4_ASYM, 3: Mode.INT3_SYM, 2: Mode.INT2_SYM}  # there is no asymmetric 3 or 2
 # a scale for 16 to 64 inputs, whichever divides a layer's: what NNCF recommends below 8 bits

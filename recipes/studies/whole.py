@@ -25,7 +25,7 @@ ABLATED = ("uniform, tensor", "uniform, channel", "k-means, tensor and scale", "
 # of all trainings that go on from a float network: of 0.03, 0.01, 0.004 and 0.0015 the best at 2 bits on held-out
 # images, and at 1 bit of 0.04, 0.02, 0.012 and 0.004
 RATE, RATES = 0.004, {1: 0.012}
-TRAINED_TARGETS = (2.1, 1.5)  # stored bits per weight, shared out by layer
+TRAINED_TARGETS = {2.1: RATE, 1.2: RATES[1]}  # stored bits per weight, shared out by layer: learning rate
 AFTER_TRAINING = (*ABLATED, "uniform, channel, calibrated", "k-means, channel", "k-means, channel, + bias correction")
 
 
@@ -203,8 +203,8 @@ class Planner:
             for line in QAT_LINES if self.is_main else QAT_LINES[::2]:
                 text = f"{qat.METHODS[line]} --bits {bits} --learning_rate {RATES.get(bits, RATE)}"
                 cells.append(self.trained(line, norm, seed, text, bits=bits))
-        for target in TRAINED_TARGETS:
-            text = f"{qat.SWITCHES} --calibration_images 512 --target_bits_per_weight {target} --learning_rate {RATE}"
+        for target, rate in TRAINED_TARGETS.items():
+            text = f"{qat.SWITCHES} --calibration_images 512 --target_bits_per_weight {target} --learning_rate {rate}"
             cells.append(self.trained(f"{SHARED_OUT} {target}", norm, seed, text, bits=None))
         text = f"{qat.ACTIVATIONS['W4A8']} --learning_rate {RATE}"
         return cells + [self.trained(ACTIVATIONS, norm, seed, text, bits=4, activation_bits=8)]
