@@ -80,7 +80,9 @@ class QuantizeArguments:
     )
     ablation: bool = field(
         default=False,
-        metadata={"help": "Add sensitivity, error compensation and bias correction one after the other."},
+        metadata={
+            "help": "Add equalization, sensitivity, error compensation, bias correction and tuning one after the other."
+        },
     )
     peers: list[str] = field(
         default_factory=list,

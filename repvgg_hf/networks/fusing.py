@@ -71,9 +71,10 @@ def fuse(model: nn.Module, example: Any, *, tolerance: float = 1e-9, keep_branch
         return FuseReport(regions, before, count_layers(model), error)
     # with named errors, before anything changes; and what a network computes once and keeps, such as RT-DETR's anchors,
     # is kept from now on, in all recordings
-    record(model, example)
+    first = record(model, example).output
     settle_outlier_bounds(model)
     recording = record(model, example)
+    recording.repeats = output_error(first, recording.output) <= largest_rounding(recording)
     graph = Graph(recording)
     maker = BlockMaker(model, recording) if keep_branches else None
     expected, recording.output = recording.output, None

@@ -93,6 +93,7 @@ class Recording:
         inputs: the number of tensors in the example; their nodes are the first.
         computed: the function, arguments and keyword arguments of each constant that was computed from others.
         weights_read: ids of the modules' tensors whose values the model's code reads as numbers, or which it returns.
+        repeats: whether it is known that another pass gives the same, so that no tensor from nowhere is random.
     """
 
     nodes: list[Node]
@@ -102,6 +103,7 @@ class Recording:
     inputs: int
     computed: MutableMapping[torch.Tensor, tuple]
     weights_read: set[int]
+    repeats: bool = False
 
     def exact(self, value: Any) -> Any:
         """Return a constant in float64 on the CPU: computed again, if it was computed; anything else as it is.

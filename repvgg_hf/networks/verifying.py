@@ -107,7 +107,8 @@ def explains_jumps(recording: Recording) -> bool:
         discrete = node.dtype is not None and not (node.dtype.is_floating_point or node.dtype.is_complex)
         from_real = any(source.dtype is not None and source.dtype.is_floating_point for source in sources)
         from_nowhere = not sources and number >= recording.inputs
-        if (discrete and from_real) or node.name in _ROUNDS or from_nowhere or is_random(node):
+        unknown = from_nowhere and not recording.repeats
+        if (discrete and from_real) or node.name in _ROUNDS or unknown or is_random(node):
             return True
     return False
 

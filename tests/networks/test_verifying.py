@@ -160,3 +160,26 @@ def test_an_interrupt_restores_the_model(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fuse(model, images())
     assert dict(model.named_modules()) == before and not hasattr(model, "fused_structure")
+
+
+@torch.jit.script
+def gated(x):
+    return x * torch.sigmoid(x)
+
+
+def test_a_map_that_unseen_code_reads_stays():
+    """A recording does not see inside TorchScript: that it read the map between a convolution and its norm, say."""
+
+    def function(first, second, x):
+        y = first[0](x)
+        return second(first[1](y) + gated(y))
+
+    torch.manual_seed(0)
+    model = randomize(Runs(function)).eval()
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        report = fuse(model, x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.first[1], nn.BatchNorm2d) and isinstance(model.second, nn.Conv2d)
+    assert "outputs differ" in str(report)

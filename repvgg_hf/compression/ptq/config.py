@@ -23,7 +23,8 @@ class CalibrationConfig:
             squared gradient of the loss (SqueezeLLM, arXiv 2306.07629). Error compensation starts from there and makes
             up for it, so that it is of use mostly without that. The loss is the model's own if the data has labels;
             else a classifier takes what it predicts, and any other model how far its outputs move.
-        equalization: scale channels between layers, which ReLU allows, so that one range suits all of a layer's inputs:
+        equalization: scale channels between layers, which ReLU allows (batch norm in between is fused first, by
+            `repvgg_hf.fuse` where a network is not of this package), so that one range suits all of a layer's inputs:
             from 0, for weights that are even, to 1, for inputs that are (SmoothQuant's alpha, arXiv 2211.10438; 0.5 is
             cross-layer equalization, 1906.04721). With `activation_bits` 0.3 wins much of what a network with batch
             norm on identities loses; `None` for none.
@@ -100,7 +101,7 @@ class CalibrationConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         strength = self.equalization
-        if strength is not None and not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+        if strength is not None and (type(strength) not in (int, float) or not 0 <= strength <= 1):
             raise ValueError(f"equalization must be None or from 0 to 1, such as 0.3, got {strength!r}.")
         for name in ("error_compensation", "bias_correction"):
             if not isinstance(getattr(self, name), bool):

@@ -24,6 +24,7 @@ def test_the_defaults():
         ({"bias_correction": 1}, "^bias_correction must be True or False, got 1"),
         ({"error_compensation": "no"}, "^error_compensation must be True or False, got 'no'"),
         ({"equalization": -0.1}, "^equalization must be None or from 0 to 1, such as 0.3, got -0.1"),
+        ({"equalization": True}, "^equalization must be None or from 0 to 1, such as 0.3, got True"),
         ({"equalization": "on"}, "^equalization must be None or from 0 to 1, such as 0.3, got 'on'"),
         ({"damping": 0}, "^damping must be a positive number, got 0"),
         ({"damping": float("nan")}, "^damping must be a positive number, got nan"),

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import repvgg_hf
 from repvgg_hf import CalibrationConfig
+from repvgg_hf.compression.ptq.channel_links import Link
 from repvgg_hf.compression.ptq.data import CalibrationData
-from repvgg_hf.compression.ptq.equalize import Link, equalize
+from repvgg_hf.compression.ptq.equalize import equalize
 
 
 def quantizable(model) -> dict[str, nn.Module]:
@@ -96,6 +98,115 @@ def test_all_readers_are_scaled_and_what_is_read_otherwise_is_not(pixels):
     changed, links = equalized(model, pixels)
     assert links == [Link("first", ["left", "right"])]
     torch.testing.assert_close(changed(pixels), model(pixels), rtol=1e-4, atol=1e-5)
+
+
+class Function(nn.Module):
+    """Two layers and what is computed with them."""
+
+    def __init__(self, function, first, second):
+        super().__init__()
+        self.function, self.a, self.b = function, first, second
+
+    def forward(self, x):
+        return self.function(self.a, self.b, x)
+
+
+@torch.jit.script
+def gated(x):
+    return x * torch.sigmoid(x)
+
+
+def convolutions():
+    return nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)
+
+
+def tied():
+    first, second = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)
+    second.bias = first.bias
+    return first, second
+
+
+def on_pixels():
+    """As many pixels, 144, as channels."""
+    return nn.Conv2d(4, 144, 1), nn.Linear(144, 3)
+
+
+def on_channels_last():
+    return nn.Linear(12, 8), nn.Linear(8, 8)
+
+
+UNSEEN = {
+    "pixels": (on_pixels, lambda a, b, x: b(a(x).relu().flatten(2))),
+    "rows": (lambda: (nn.Conv2d(4, 12, 1), nn.Linear(12, 3)), lambda a, b, x: b(a(x).relu())),
+    "pooled tokens": (on_channels_last, lambda a, b, x: b(F.max_pool2d(a(x).relu(), 3, 1, 1))),
+    "mean of tokens": (on_channels_last, lambda a, b, x: b(a(x.repeat(1, 2, 1, 1)).relu().mean((2, 3)))),
+    "tied biases": (tied, lambda a, b, x: b(a(x).relu())),
+    "bias read elsewhere": (convolutions, lambda a, b, x: b(a(x).relu()) + a.bias.view(8, 1, 1)),
+    "weight read as a number": (convolutions, lambda a, b, x: b(a(x).relu()) * a.weight.norm().item()),
+    "weight put out": (convolutions, lambda a, b, x: (b(a(x).relu()), b.weight.norm())),
+    "TorchScript beside": (convolutions, lambda a, b, x: b(y := a(x).relu()) + gated(y)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_may_be_read_in_another_way_is_left_alone(name, pixels):
+    make, function = UNSEEN[name]
+    with pytest.raises(ValueError, match="^Function has no layer whose output goes through nothing but ReLU"):
+        equalized(Function(function, *make()), pixels)
+
+
+def test_what_a_recording_does_not_show_is_an_error():
+    """A layer that runs once on the small image that is recorded, and twice on a larger one."""
+
+    def function(a, b, x):
+        x = a(x).relu()
+        for _ in range(x.shape[2] // 4):
+            x = b(x).relu()
+        return x
+
+    model = Function(function, *convolutions()).eval()
+    kept = copy.deepcopy(model)
+    batches = [torch.randn(4, 4, 4, 4), torch.randn(4, 4, 8, 8)]
+    with pytest.raises(ValueError, match="^Function computes something else with scaled channels .* Leave equal"):
+        repvgg_hf.quantize(model, calibration=batches, calibration_config=CalibrationConfig(equalization=1.0))
+    assert torch.equal(model.a.weight, kept.a.weight)
+
+
+def test_a_model_of_transformers_that_takes_nothing_else(pixels):
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class Plain(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.a, self.b = convolutions()
+            self.post_init()
+
+        def forward(self, pixel_values):
+            return self.b(self.a(pixel_values).relu())
+
+    model = Plain(PretrainedConfig())
+    changed, links = equalized(model, pixels)
+    assert links == [Link("a", ["b"])]
+    torch.testing.assert_close(changed(pixels), model.eval()(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_read_is_seen_in_every_batch(pixels):
+    """Of one batch no pixel is chosen; vectors of no batch are read as well."""
+    chosen = Function(lambda a, b, x: b(a(x.movedim(1, -1)[x[:, 0] > 0]).relu()), nn.Linear(4, 8), nn.Linear(8, 2))
+    batches = [pixels, -pixels.abs()]
+    kept = copy.deepcopy(chosen).eval()
+    assert equalize(chosen.eval(), quantizable(chosen), CalibrationData(batches, 16), 0.3) == [Link("a", ["b"])]
+    torch.testing.assert_close(chosen(pixels), kept(pixels), rtol=1e-4, atol=1e-5)
+    alone = Function(lambda a, b, x: b(a(x.mean((0, 2, 3))).relu()), nn.Linear(4, 8), nn.Linear(8, 2))
+    assert equalized(alone, pixels)[1] == [Link("a", ["b"])]
+
+
+def test_a_forward_that_looks_at_values(pixels):
+    model = Function(lambda a, b, x: b(a(x).relu()) if x.sum() > 0 else x, *convolutions())
+    with pytest.raises(ValueError, match="^equalization needs to see what the model does: leave it out. The model"):
+        equalized(model, pixels)
 
 
 def test_a_layer_that_stays_float_is_left_alone(pixels):
