@@ -10,7 +10,8 @@ TITLES = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet"}
 CALIBRATED = "k-means, tensor and scale, calibrated"
 PER_CHANNEL = "k-means, channel, + bias correction"
 TUNED = "k-means, channel, tuned"
-MIXED = "mixed precision, tuned, target 2.1"
+SHARED_BITS = "mixed precision"
+MIXED = f"{SHARED_BITS}, tuned, target 2.1"
 SWITCHES = "ClusterQAT, all switches"
 SHARED_OUT = "ClusterQAT, bits shared out, target"
 FURTHER = "float, further epochs"
@@ -233,17 +234,23 @@ def norms(rows: list[Row]) -> list[str]:
 
 
 def frontier(rows: list[Row], task: str, norm: str) -> list[str]:
-    """Return the table of other libraries' points against ours at the same stored bits, interpolated."""
+    """Return the table of other libraries' points against ours at the same stored bits, interpolated.
+
+    Both are without labels, and of the networks that the libraries were measured on.
+    """
+    rows = [row for row in rows if (row.task, row.norm) == (task, norm)]
+    seeds = {row.seed for row in rows if row.library is not None}
     means: dict[tuple, list[Row]] = {}
     for row in rows:
-        if (row.task, row.norm) == (task, norm) and row.activation_bits is None and row.line != "float":
+        if row.seed in seeds and row.activation_bits is None and row.line != "float":
             means.setdefault((row.line, row.bits), []).append(row)
     points = [
         (found[0], statistics.mean(row.stored for row in found), statistics.mean(row.top1 for row in found))
         for found in means.values()
     ]
     best = (CALIBRATED, PER_CHANNEL, TUNED)
-    ours = best_at_most([(stored, top1) for row, stored, top1 in points if row.line in best or row.bits is None])
+    without_labels = [point for point in points if point[0].line in best or point[0].line.startswith(SHARED_BITS)]
+    ours = best_at_most([(stored, top1) for _, stored, top1 in without_labels])
     theirs = [(row.line, stored, top1) for row, stored, top1 in points if row.library is not None]
     lines = []
     for line, stored, top1 in sorted(theirs, key=lambda point: point[1]):

@@ -11,7 +11,7 @@ from repvgg_hf.recipes.studies import hold_out
 from repvgg_hf.recipes.studies.cells import Cell, read_cells, run_cells
 from repvgg_hf.recipes.studies.whole import WholeArguments, choose, plan
 from repvgg_hf.recipes.studies.whole_report import write_report
-from repvgg_hf.recipes.studies.whole_tables import Difference, Row, drops, interpolated, rows_of, summary
+from repvgg_hf.recipes.studies.whole_tables import Difference, Row, drops, frontier, interpolated, rows_of, summary
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,16 @@ class TestReport:
         rows += [Row(*common, "trained", 2, None, 2.0, 89.5, base=89.75)]
         assert drops(rows, "cifar10", "OABN", "tuned", 2) == [-1.0]
         assert drops(rows, "cifar10", "OABN", "trained", 2) == [-0.25]
+
+    def test_libraries_without_labels_are_held_against_ours_without_labels_on_the_same_networks(self):
+        rows = []
+        for seed, more in ((0, 0.0), (1, 5.0)):
+            common = ("cifar10", "OABN", seed)
+            rows += [Row(*common, "mixed precision, tuned, target 2.1", None, None, 2.0, 80.0 + more)]
+            rows += [Row(*common, "k-means, channel, tuned", 3, None, 3.0, 82.0 + more)]
+            rows += [Row(*common, "ClusterQAT, bits shared out, target 2.1", None, None, 2.0, 99.0, base=90.0)]
+        rows += [Row("cifar10", "OABN", 0, "nncf GPTQ, groups", 2, None, 2.5, 80.5, library="nncf")]
+        assert frontier(rows, "cifar10", "OABN")[3:] == ["| nncf GPTQ, groups | 2.50 | 80.50 | 81.00 | +0.50 |"]
 
     @pytest.mark.parametrize(
         ("values", "bar", "verdict"),
