@@ -192,15 +192,6 @@ class Trial:
 
 def plan(args: QuantizeArguments, sweep: SweepOptions, calibration: SweepCalibration) -> list[Trial]:
     """All combinations; a bad argument raises `ValueError` before any work is done."""
-    needs_images = {
-        "ablation": args.ablation,
-        "target_bits_per_weight": calibration.target_bits_per_weight,
-        "tuning_steps": calibration.tuning_steps,
-        "activation_bits": sweep.activation_bits is not None,
-    }
-    for name, given in needs_images.items():
-        if given and args.calibration_images == 0:
-            raise ValueError(f"--{name} needs images to calibrate on: add --calibration_images 512.")
     check_use_of_ranges(calibration, sweep.activation_bits is not None)
     trials = []
     for method, granularity in itertools.product(sweep.method, sweep.granularity):
@@ -298,9 +289,11 @@ def check_options(args: QuantizeArguments, data_args: DataArguments, given: set[
     Raises `ImportError` if plots are asked for without matplotlib.
     """
     check_picture_folder(data_args, given)
-    idle = sorted(given & {option.name for option in dataclasses.fields(CalibrationConfig)})
+    needing = {"activation_bits", *(option.name for option in dataclasses.fields(CalibrationConfig))}
+    needing |= {"ablation"} if args.ablation else set()
+    idle = sorted(given & needing)
     if idle and args.calibration_images == 0:
-        raise ValueError(f"--{idle[0]} says how to calibrate, and --calibration_images 0 does not: leave one out.")
+        raise ValueError(f"--{idle[0]} needs images to calibrate on: leave it out, or add --calibration_images 512.")
     try:
         if args.plot:
             import_matplotlib()  # or it would be missed at the end
@@ -351,9 +344,9 @@ def main(arguments: list[str] | None = None) -> dict:
     (args, sweep, calibration, data_args, evaluation_args), arguments, given = parse_given(
         (QuantizeArguments, SweepOptions, SweepCalibration, DataArguments, EvaluationArguments), arguments, FOLDER
     )
+    check_options(args, data_args, given)
     trials = plan(args, sweep, calibration)
     peers = [peer for name in args.peers for peer in peer_methods(name)]
-    check_options(args, data_args, given)
     name, output_dir = args.model_name_or_path, Path(args.output_dir)
 
     model = load_float(name, args.dequantize)

@@ -129,11 +129,11 @@ def test_steps_that_are_off_leave_out_what_they_alone_use():
 BAD = {
     "--bits 9": "bits must be an integer from 1 to 8, got 9",
     "--method kmeans": "method must be one of cluster, uniform, got 'kmeans'",
-    "--calibration_images 0 --ablation True": "--ablation needs images to calibrate on: add --calibration_images",
+    "--calibration_images 0 --ablation True": "--ablation needs images to calibrate on: leave it out, or add --cali",
     "--calibration_images 0 --activation_bits 8": "--activation_bits needs images to calibrate on",
     "--calibration_images 0 --target_bits_per_weight 3.2": "--target_bits_per_weight needs images to calibrate on",
     "--calibration_images 0 --tuning_steps 9": "--tuning_steps needs images to calibrate on",
-    "--calibration_images 0 --order one_pass": "--order says how to calibrate, and --calibration_images 0 does not",
+    "--calibration_images 0 --order one_pass": "--order needs images to calibrate on: leave it out, or add --cali",
     "--activation_range minmax": "activation_range='minmax' is for quantized activations, and activation_bits is None",
     "--calibration_images 8 --target_bits_per_weight 9": "target_bits_per_weight must be from 1 to 8, got 9.0",
     "--calibration_images 8 --sensitivity hessian": "sensitivity must be one of none, fisher, got 'hessian'",
