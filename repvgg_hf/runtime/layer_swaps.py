@@ -1,7 +1,8 @@
 """Putting cluster layers into a model of any architecture, and float layers back.
 
-Quantized are plain `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers: what a subclass, a parametrization or a hook
-computes with the weight is not known here, so that these stay float, and so do other kinds of layers.
+Quantized are plain `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` layers: what a subclass, a parametrization or a hook that
+makes the weight (weight norm) computes is not known here, so that these stay float, and so do other kinds of layers.
+Other hooks of a layer go with it.
 """
 
 from dataclasses import dataclass
